@@ -1,0 +1,56 @@
+# Everything a fresh machine needs is made by the first target that needs it.
+
+VENV ?= .venv
+PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 --version >/dev/null 2>&1 && echo python3.12 || echo python3)
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help env system demo test test-slow lint types docs bench site constraints clean
+help:  ## say what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+env: $(STAMP)  ## the Python environment (7 GB)
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("RobustBoard needs Python 3.11 or newer; set PYTHON=/path/to/it." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	# The released auto_LiRPA pins a torch of 2022, so it is installed without its pins; see docs/bounds.md.
+	$(BIN)/pip install --quiet --no-deps auto_LiRPA==0.3
+	touch $@
+
+system:  ## what the tests need from Debian: a browser and Fashion-MNIST
+	@sh tests/install-debian-packages.sh chromium dataset-fashion-mnist
+
+demo: env  ## train and score every defense on the embedded digits, and build site/
+	$(BIN)/robustboard demo --out site
+
+test: env system  ## the fast tests, doctests included
+	$(BIN)/pytest -m "not slow"
+
+test-slow: env system  ## minutes to hours: floors on MNIST, third-party networks in full
+	$(BIN)/pytest -m slow --timeout 3600
+
+lint: env  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: env  ## mypy, on a real install: it cannot follow an editable one
+	rm -rf build/types
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/types .
+	MYPYPATH=build/types $(BIN)/mypy --package robustboard
+
+docs: env  ## the commands and links of README and docs/
+	$(BIN)/pytest tests/project
+
+bench: env  ## speed, as ratios measured in one run
+	$(BIN)/pytest benchmarks --benchmark-enable --benchmark-only -p no:cacheprovider
+
+site: env  ## the board from the committed records, or from runs/
+	$(BIN)/robustboard leaderboard --out site
+
+constraints: env  ## pin what is installed now
+	{ head -n 1 constraints.txt; $(BIN)/pip freeze --exclude-editable | grep -viE '^auto.lirpa'; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean:  ## remove what was built, the environment included
+	rm -rf $(VENV) .tox build dist site *.egg-info

@@ -1,0 +1,265 @@
+"""A classifier as auto_LiRPA sees it: lower bounds on its margins over a box or a ball of inputs.
+
+IBP: Gowal et al. 2018 (arXiv 1810.12715). CROWN: Zhang et al. 2018 (arXiv 1811.00866). CROWN-IBP: Zhang et al. 2020
+(arXiv 1906.06316). alpha-CROWN: Xu et al. 2021 (arXiv 2011.13824). auto_LiRPA: Xu et al. 2020 (arXiv 2002.12920).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from robustboard.attacks import lirpa_compat
+from robustboard.attacks.ball_perturbation import ball_in_box
+from robustboard.attacks.normalisation import split_normalisation
+from robustboard.errors import BoundsError
+
+METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")
+Slope = Literal["adaptive", "same"]
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+@dataclass(frozen=True)
+class Ball:
+    """An L2 ball in pixel units: centres (N, C, H, W) and a radius that is already rounded up."""
+
+    centre: Tensor
+    eps: float
+
+
+class BoundedNetwork:
+    """An auto_LiRPA view of a classifier, built once and then asked for bounds batch by batch.
+
+    The view shares the classifier's parameters and running statistics, so bounds taken during training are bounds of the
+    weights of that moment and gradients reach them. The classifier itself is left as it is (mode, hooks, `requires_grad`);
+    the view is always the classifier in eval mode. A leading per-channel normalisation is split off.
+
+    Args:
+        model: float images (N, C, H, W) in, logits (N, K) out.
+        example: one image, (1, C, H, W); only its shape, device and type count.
+        classes: the number of classes K.
+        slope: the lower line through an unstable ReLU. `"adaptive"` is CROWN's choice of slope 0 or 1; `"same"` takes the
+            slope of the upper line (Fast-Lin, Neurify, MixTrain's symbolic intervals) and mixes in no interval bounds.
+
+    Raises:
+        BoundsError: if auto_LiRPA is missing, does not know one of the model's operators, or computes another function.
+    """
+
+    def __init__(self, model: nn.Module, example: Tensor, *, classes: int, slope: Slope = "adaptive") -> None:
+        self._package = lirpa_compat.load()
+        self.classes = classes
+        self._slope = slope
+        self._shape = tuple(example.shape[1:])
+        self._dtype = example.dtype
+        try:
+            view = _shared_view(model)
+            self.normalisation, core = split_normalisation(view, self._shape[0])
+            with self._working():
+                # Drawn, not zero: torch's tracer may not merge the example with a constant of the model.
+                generator = torch.Generator().manual_seed(0)
+                probe = torch.rand(3, *self._shape, generator=generator).to(example)
+                self.network = self._build(core, probe[:1])
+                _share_buffers(self.network, core)
+                self._check_same_function(view, probe)
+        except BoundsError:
+            raise
+        except Exception as error:  # whatever the model's code or auto_LiRPA raises becomes one sentence
+            raise BoundsError(f"auto_LiRPA cannot bound this network: {first_line(error)}.") from error
+        self._bounded_inputs = _inputs_needing_bounds(self.network)
+
+    def margins(
+        self,
+        labels: Tensor,
+        *,
+        lower: Tensor,
+        upper: Tensor,
+        method: str,
+        ball: Ball | None = None,
+        iterations: int = 20,
+    ) -> Tensor:
+        """Lower bounds on z_y - z_j over all allowed inputs, for the K - 1 classes j != y in rising order.
+
+        Args:
+            labels: y, int64 (N,).
+            lower: the box's lower end in pixel units, (N, C, H, W).
+            upper: its upper end.
+            method: one of `METHODS`. IBP, CROWN-IBP and CROWN are differentiable in the parameters.
+            ball: an L2 ball that the inputs lie in as well; IBP has no use for it.
+            iterations: alpha-CROWN's budget of optimisation steps.
+
+        Returns:
+            Tensor (N, K - 1) in the type of the example.
+        """
+        for node in self.network.modules():
+            # auto_LiRPA sets `param.requires_grad` from the node's mode: let it set what is already there.
+            if isinstance(getattr(node, "param", None), nn.Parameter):
+                node.training = node.param.requires_grad
+        low, high = self.normalisation.box(lower.to(self._dtype), upper.to(self._dtype))
+        inputs, specification = self._perturbed(low, high, ball), self._specification(labels)
+        with self._working():
+            if method == "ibp":
+                return self._compute(inputs, specification, "IBP")
+            if method == "crown-ibp":
+                return self._compute(inputs, specification, "CROWN-IBP")
+            if method == "crown":
+                return self._crown(inputs, specification, forward_first_layer=ball is None)
+            return self._alpha_crown(inputs, specification, iterations, forward_first_layer=ball is None)
+
+    def scatter(self, margins: Tensor, labels: Tensor) -> Tensor:
+        """Margins (N, K - 1) as (N, K), with +inf at the label."""
+        full = margins.new_full((len(labels), self.classes), torch.inf)
+        return full.scatter(1, self._others(labels), margins)
+
+    def _build(self, core: nn.Module, probe: Tensor) -> Any:
+        square = self._shape[1] == self._shape[2]
+        options = {
+            # Patches mode takes feature maps for square without asking.
+            "conv_mode": "patches" if square else "matrix",
+            # The releases read the slope under different names, and each ignores the other's.
+            "relu": "same-slope" if self._slope == "same" else "adaptive",
+            "activation_bound_option": "same-slope" if self._slope == "same" else "adaptive",
+            "sparse_intermediate_bounds": self._slope == "adaptive",
+            # Always bound the unstable neurons alone, however many they are: what is left out must not depend on the batch.
+            "minimum_sparsity": 1.0,
+            # Both fail in 0.3.
+            "sparse_features_alpha": False,
+            "sparse_spec_alpha": False,
+            # Would share slopes or not depending on how many neurons of the whole batch are unstable.
+            "use_full_conv_alpha": False,
+        }
+        return self._package.BoundedModule(core, probe, bound_opts=options, device=probe.device)
+
+    def _check_same_function(self, view: nn.Module, probe: Tensor) -> None:
+        with torch.no_grad():
+            expected = view(probe)
+            seen = self.network(self.normalisation.apply(probe).to(self._dtype))
+        if expected.shape != (len(probe), self.classes):
+            raise BoundsError(
+                f"The network gives logits of shape {tuple(expected.shape)} for {len(probe)} images and "
+                f"{self.classes} classes, not ({len(probe)}, {self.classes})."
+            )
+        close = 1e-3 * (1 + expected.abs().max())
+        if seen.shape != expected.shape or not bool(((seen - expected).abs() <= close).all()):
+            raise BoundsError("auto_LiRPA's view of this network computes other logits than the network itself.")
+
+    def _perturbed(self, low: Tensor, high: Tensor, ball: Ball | None) -> Any:
+        package = self._package
+        if ball is None:
+            perturbation = package.PerturbationLpNorm(norm=torch.inf, eps=None, x_L=low, x_U=high)
+            return package.BoundedTensor((low + high) / 2, perturbation)
+        centre = self.normalisation.apply(ball.centre).to(self._dtype)
+        # In normalised coordinates an L2 ball is an ellipsoid with one half-axis a channel.
+        half_axes = (self.normalisation.scale.abs() * ball.eps).to(centre)
+        half_axes = torch.nextafter(half_axes, torch.full_like(half_axes, torch.inf)).view(-1, 1, 1)
+        return package.BoundedTensor(centre, ball_in_box(half_axes, low, high))
+
+    def _others(self, labels: Tensor) -> Tensor:
+        index = torch.arange(self.classes - 1, device=labels.device).expand(len(labels), -1)
+        return index + (index >= labels[:, None]).long()
+
+    def _specification(self, labels: Tensor) -> Tensor:
+        identity = torch.eye(self.classes, dtype=self._dtype, device=labels.device)
+        return identity[labels].unsqueeze(1) - identity[self._others(labels)]
+
+    def _compute(self, inputs: Any, specification: Tensor, method: str, **references: Any) -> Tensor:
+        lower, _ = self.network.compute_bounds(
+            x=(inputs,), C=specification, method=method, bound_upper=False, **references
+        )
+        return cast("Tensor", lower)
+
+    def _crown(self, inputs: Any, specification: Tensor, *, forward_first_layer: bool) -> Tensor:
+        self._first_layer_by_intervals(forward_first_layer)
+        return self._compute(inputs, specification, "CROWN", **self._references(inputs, specification))
+
+    def _references(self, inputs: Any, specification: Tensor) -> dict[str, Any]:
+        """Plain interval bounds of every hidden layer, which CROWN's are intersected with.
+
+        auto_LiRPA bounds a neuron by CROWN only if some example of the batch needs it, by intervals derived from CROWN's
+        bounds otherwise. Referring to plain intervals instead makes every example's bound independent of its batch.
+        """
+        if self._slope == "same":
+            return {}
+        with torch.no_grad():
+            self._compute(inputs, specification, "IBP")
+        bounds = {
+            node.name: [node.lower.detach(), node.upper.detach()]
+            for node in self._bounded_inputs
+            if isinstance(getattr(node, "lower", None), Tensor) and node.perturbed
+        }
+        return {"reference_bounds": bounds, "aux_reference_bounds": dict(bounds)}
+
+    def _alpha_crown(
+        self, inputs: Any, specification: Tensor, iterations: int, *, forward_first_layer: bool
+    ) -> Tensor:
+        self._first_layer_by_intervals(forward_first_layer)
+        budget = {"iteration": iterations, "early_stop_patience": iterations + 1, **ALPHA}
+        self.network.set_bound_opts({"optimize_bound_args": budget})
+        with torch.enable_grad():
+            return self._compute(inputs, specification, "CROWN-Optimized", **self._references(inputs, specification)).detach()
+
+    def _first_layer_by_intervals(self, allowed: bool) -> None:
+        # For a box the interval bound of a first affine layer is exact; for a ball the linear one is tighter.
+        self.network.__dict__.pop("check_IBP_first_linear", None)
+        if not allowed:
+            self.network.__dict__["check_IBP_first_linear"] = lambda node: False
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        # auto_LiRPA creates tensors without naming a type, so a float64 network needs float64 as torch's default.
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(self._dtype)
+        try:
+            with lirpa_compat.quiet():
+                yield
+        finally:
+            torch.set_default_dtype(before)
+
+ALPHA: dict[str, Any] = {}
+
+def first_line(error: BaseException) -> str:
+    """The kind and first line of an error, without a full stop."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
+
+
+def _shared_view(model: nn.Module) -> nn.Module:
+    """A copy of the module tree, in eval mode and without dropout, on the model's own parameters and buffers."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    for module in model.modules():
+        # Hooks count passes or report progress; they belong to the model, and may hold what cannot be copied.
+        memo |= {id(hooks): OrderedDict() for name in _HOOKS if (hooks := getattr(module, name, None)) is not None}
+    view = copy.deepcopy(model, memo)
+    for module in list(view.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.modules.dropout._DropoutNd):
+                setattr(module, name, nn.Identity())
+    return view.eval()
+
+
+def _share_buffers(network: Any, core: nn.Module) -> None:
+    # auto_LiRPA copies buffers: running statistics of a network in training would stay those of its first step.
+    live = dict(core.named_buffers())
+    for node in network.modules():
+        if type(node).__name__ == "BoundBuffers" and node.ori_name in live:
+            node.buffer = live[node.ori_name]
+
+
+def _inputs_needing_bounds(network: Any) -> list[Any]:
+    nodes = {}
+    for node in network.modules():
+        for index in getattr(node, "requires_input_bounds", None) or []:
+            nodes[node.inputs[index].name] = node.inputs[index]
+    return list(nodes.values())

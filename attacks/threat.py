@@ -1,0 +1,176 @@
+"""The threat model: which perturbed images an adversary may present, to the last bit.
+
+A perturbation of an image `x` is allowed when it stays in the L-inf or L2 ball of radius `eps` around `x` and in the
+pixel box [0, 1]. Everything that constructs perturbed images rounds inward, so that an example found is inside the ball
+in exact arithmetic; everything that bounds the ball rounds outward, so that a certificate covers all of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from robustboard.errors import TrackError
+
+Norm = Literal["linf", "l2"]
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """An eps-ball of one norm, intersected with the pixel box [0, 1].
+
+    Attributes:
+        norm: `"linf"` or `"l2"` (over all channels and pixels of one image).
+        eps: the radius in pixel units of [0, 1], an exact fraction.
+
+    Raises:
+        TrackError: for another norm, or a radius that is not a positive fraction (at most 1 for L-inf).
+
+    >>> ThreatModel.parse("linf", "8/255").eps
+    Fraction(8, 255)
+    """
+
+    norm: Norm
+    eps: Fraction
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("linf", "l2"):
+            raise TrackError(f"The norm {self.norm!r} is not one of linf and l2.")
+        if type(self.eps) is not Fraction:
+            raise TrackError(f"The radius eps must be an exact Fraction(8, 255), not {self.eps!r}.")
+        if self.eps <= 0:
+            raise TrackError(f"The radius eps must be a positive fraction such as 8/255, not {self.eps}.")
+        if self.norm == "linf" and self.eps > 1:
+            raise TrackError(f"The radius eps is in pixel units of [0, 1], such as 8/255, so {self.eps} is too large.")
+
+    @classmethod
+    def parse(cls, norm: object, eps: object) -> ThreatModel:
+        """Read a threat model from text such as `("linf", "8/255")`; decimals such as "1.785/255" are exact too.
+
+        Raises:
+            TrackError: if eps is not such a text (a binary float would not be exact, so it is refused).
+        """
+        if isinstance(eps, bool) or not isinstance(eps, str | int | Fraction):
+            raise TrackError(f'The radius eps must be an exact fraction in quotes, such as "8/255", not {eps!r}.')
+        above, slash, below = str(eps).partition("/")
+        try:
+            # Each side is a number of its own: Fraction("1/2") below the line would read "1/1/2" as two.
+            if "/" in below:
+                raise ValueError("two division signs")
+            value = Fraction(above.strip()) / (Fraction(below.strip()) if slash else 1)
+        except (ValueError, ZeroDivisionError) as error:
+            raise TrackError(f'The radius eps must be a fraction such as "8/255", not {eps!r}.') from error
+        return cls(cast("Norm", norm), value)
+
+    @property
+    def radius(self) -> float:
+        """The largest float32 that does not exceed eps."""
+        nearest = torch.tensor(float(self.eps), dtype=torch.float32)
+        if Fraction(nearest.item()) > self.eps:
+            nearest = torch.nextafter(nearest, torch.tensor(0.0))
+        return float(nearest.item())
+
+    @property
+    def text(self) -> str:
+        """The radius as the field writes it.
+
+        >>> [ThreatModel.parse("linf", eps).text for eps in ("8/255", "0.1", "5/255", "1.785/255", "1/700")]
+        ['8/255', '1/10', '5/255', '1.785/255', '1/700']
+        """
+        levels = self.eps * 255
+        if levels.denominator == 1 and self.eps.denominator > 5:
+            return f"{levels}/255"
+        decimal = f"{float(levels):g}"
+        if self.eps.denominator > 100 and Fraction(decimal) == levels:
+            return f"{decimal}/255"
+        return str(self.eps)
+
+    def scaled(self, factor: Fraction | int) -> ThreatModel:
+        """The same norm with `factor` times the radius."""
+        return ThreatModel(self.norm, self.eps * factor)
+
+    def project(self, perturbed: Tensor, images: Tensor) -> Tensor:
+        """Allowed images near `perturbed`, rounded inward; shapes (N, C, H, W), float32.
+
+        For L-inf these are the nearest ones. For L2 the image is clipped to the pixel box and then drawn straight
+        towards the clean image, which keeps the whole radius in use at the pixels that are still free to move.
+        """
+        return self.projector(images)(perturbed)
+
+    def projector(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+        """`project` around fixed images, for loops: the set-up is done once."""
+        exact = images.double()
+        if self.norm == "linf":
+            lower, upper = (exact - self.radius).float(), (exact + self.radius).float()
+            lower = torch.where(lower.double() < exact - self.radius, _next(lower, math.inf), lower).clamp(min=0.0)
+            upper = torch.where(upper.double() > exact + self.radius, _next(upper, -math.inf), upper).clamp(max=1.0)
+            return lambda perturbed: perturbed.clamp(lower, upper)
+
+        radius, column = self.radius, (-1, *[1] * (images.dim() - 1))
+        # Rounding a pixel of [0, 1] to float32 moves it by at most 2^-25, so this slack outweighs all of them.
+        slack = math.sqrt(images[:1].numel()) * 2.0**-24
+
+        def shrink(perturbed: Tensor) -> Tensor:
+            inside = perturbed.clamp(0.0, 1.0)
+            delta = inside.double() - exact
+            norms = _norm(delta)
+            share = (max(radius - slack, 0.0) / norms.clamp(min=1e-300)).view(column)
+            return torch.where((norms <= radius).view(column), inside, (exact + delta * share).float())
+
+        return shrink
+
+    def start(self, images: Tensor, noise: Tensor) -> Tensor:
+        """A random start inside the ball.
+
+        Args:
+            images: (N, C, H, W).
+            noise: the same shape; uniform on [-1, 1] for L-inf. For L2 a standard normal direction, which is scaled to
+                the sphere (in hundreds of dimensions nearly all of a ball lies next to it).
+        """
+        if self.norm == "linf":
+            return self.project(images + self.radius * noise, images)
+        lengths = _norm(noise).float().clamp(min=1e-12).view(-1, *[1] * (images.dim() - 1))
+        return self.project(images + self.radius * noise / lengths, images)
+
+    def contains(self, perturbed: Tensor, images: Tensor) -> Tensor:
+        """Whether each perturbed image is allowed, a boolean (N,): no tolerance, NaN is outside.
+
+        The difference of two float32 pixels is taken in float64, where it is exact as far as the comparison can tell.
+        """
+        in_box = ((perturbed >= 0) & (perturbed <= 1)).flatten(1).all(dim=1)
+        return in_box & (self.distance(perturbed, images) <= self.radius)
+
+    def distance(self, perturbed: Tensor, images: Tensor) -> Tensor:
+        """The norm of each perturbation in float64, shape (N,)."""
+        delta = perturbed.double() - images.double()
+        return delta.flatten(1).abs().amax(dim=1) if self.norm == "linf" else _norm(delta)
+
+    def outer_box(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Float32 (lower, upper), each (N, C, H, W): a box around everything that is allowed, rounded outward.
+
+        For L2 this is the box around the ball, which only box methods such as IBP may use.
+        """
+        reach = float(self.eps)
+        reach = reach if Fraction(reach) >= self.eps else math.nextafter(reach, math.inf)
+        # One step outward in float64 covers the rounding of the sum itself, one in float32 that of the conversion.
+        lower = _next(images.double() - reach, -math.inf)
+        upper = _next(images.double() + reach, math.inf)
+        low, high = lower.float(), upper.float()
+        low = torch.where(low.double() > lower, _next(low, -math.inf), low)
+        high = torch.where(high.double() < upper, _next(high, math.inf), high)
+        return low.clamp(min=0.0), high.clamp(max=1.0)
+
+
+def _norm(delta: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(delta.double().flatten(1), dim=1)
+    return norms
+
+
+def _next(values: Tensor, towards: float) -> Tensor:
+    return torch.nextafter(values, torch.full_like(values, towards))

@@ -1,0 +1,115 @@
+"""Messages between the command and the process that runs a model's code.
+
+A message is a JSON header and named arrays, over a socket. Nothing is ever unpickled: the other side runs a stranger's
+code, so what it sends is data of a few known types within known limits, or an error.
+
+Layout: 4 magic bytes, the header's length (uint32), the length of the array bytes (uint64), the header, the arrays.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from robustboard.errors import WorkerError
+
+Array = npt.NDArray[np.generic]
+
+_MAGIC = b"RBm1"
+_PREFIX = struct.Struct("<4sIQ")
+_MAX_HEADER = 16 << 20
+_MAX_ARRAYS = 16 << 30
+_DTYPES = {name: np.dtype(name) for name in ("<f4", "<f8", "|u1", "<i8", "|b1")}
+
+
+class ChannelClosedError(Exception):
+    """The other side has gone."""
+
+
+class Channel:
+    """One end of a socket that carries messages; closing it is the caller's."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+
+    def send(self, header: Mapping[str, Any], arrays: Mapping[str, Array] | None = None) -> None:
+        """Send one message.
+
+        Raises:
+            ChannelClosedError: if the other side has gone.
+        """
+        blobs, specs = [], []
+        for name, array in (arrays or {}).items():
+            little = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
+            specs.append({"name": name, "dtype": little.dtype.str, "shape": list(array.shape)})
+            blobs.append(little.reshape(-1).view(np.uint8).data if little.size else b"")
+        text = json.dumps({"header": dict(header), "arrays": specs}).encode()
+        try:
+            self._socket.sendall(_PREFIX.pack(_MAGIC, len(text), sum(len(blob) for blob in blobs)) + text)
+            for blob in blobs:
+                self._socket.sendall(blob)
+        except OSError as error:
+            raise ChannelClosedError(str(error)) from error
+
+    def receive(self, timeout: float | None = None) -> tuple[dict[str, Any], dict[str, Array]]:
+        """Wait for one message.
+
+        Args:
+            timeout: seconds of silence that are too long; None waits for ever.
+
+        Raises:
+            TimeoutError: after `timeout` seconds without a byte.
+            ChannelClosedError: if the other side has gone.
+            WorkerError: if what came is not a message.
+        """
+        self._socket.settimeout(timeout)
+        magic, header_length, array_length = _PREFIX.unpack(self._read(_PREFIX.size))
+        if magic != _MAGIC or header_length > _MAX_HEADER or array_length > _MAX_ARRAYS:
+            raise WorkerError("The model's process sent something that is not a message; its answer is not used.")
+        text, body = self._read(header_length), self._read(array_length)
+        try:
+            parsed = json.loads(text)
+            return dict(parsed["header"]), _unpack(parsed["arrays"], body)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise WorkerError("The model's process sent a damaged message; its answer is not used.") from error
+
+    def _read(self, count: int) -> bytearray:
+        buffer = bytearray(count)
+        view, done = memoryview(buffer), 0
+        while done < count:
+            try:
+                got = self._socket.recv_into(view[done:])
+            except TimeoutError:
+                raise
+            except OSError as error:
+                raise ChannelClosedError(str(error)) from error
+            if got == 0:
+                raise ChannelClosedError("end of stream")
+            done += got
+        return buffer
+
+
+def _unpack(specs: list[dict[str, Any]], body: bytearray) -> dict[str, Array]:
+    arrays: dict[str, Array] = {}
+    offset = 0
+    for spec in specs:
+        dtype = _DTYPES[spec["dtype"]]
+        shape = tuple(int(side) for side in spec["shape"])
+        if any(side < 0 for side in shape):
+            raise ValueError("negative shape")
+        count = math.prod(shape)
+        end = offset + count * dtype.itemsize
+        if end > len(body):
+            raise ValueError("array outside the message")
+        arrays[str(spec["name"])] = np.frombuffer(body, dtype=dtype, count=count, offset=offset).reshape(shape)
+        offset = end
+    if offset != len(body):
+        raise ValueError("bytes left over")
+    return arrays

@@ -1,0 +1,49 @@
+"""What a result was made with: enough to make it again."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+_PACKAGES = ("robustboard", "torch", "torchvision", "pyautoattack", "auto_LiRPA", "numpy", "pandas", "pillow", "scipy")
+
+
+def package_versions() -> dict[str, str]:
+    """The installed versions of the packages that a verdict can depend on."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def python_version() -> str:
+    """Such as `3.11.7`."""
+    return platform.python_version()
+
+
+def machine() -> str:
+    """Operating system and processor architecture, such as `Linux-x86_64`."""
+    return f"{platform.system()}-{platform.machine()}"
+
+
+def source_commit() -> tuple[str | None, bool | None]:
+    """The git commit of RobustBoard's own source and whether it has uncommitted changes; None for an installed copy."""
+    here = Path(__file__).resolve()
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return None, None
+    commit = _git(here.parent, "rev-parse", "HEAD")
+    changes = _git(here.parent, "status", "--porcelain")
+    return (commit.strip() if commit else None), (bool(changes.strip()) if changes is not None else None)
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None

@@ -1,0 +1,155 @@
+"""The evaluation: clean, PGD, bounds on what survived, AutoAttack on what is undecided, the crossed audit, corruptions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from robustboard.attacks import autoattack
+from robustboard.bench.corruptions import corrupt
+from robustboard.bench.crossed_audit import Audit, crossed_audit
+from robustboard.bench.examiner import REFERENCE_FORWARDS, Examiner, Floats, StageCost
+from robustboard.bench.protocol import Examples, Track, as_floats
+from robustboard.bench.session import Session
+from robustboard.bench.verdicts import Verdicts
+from robustboard.defenses.adapter import NoProgress, Progress
+from robustboard.errors import GateError
+
+Engine = Literal["cascade", "reference"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that an evaluation found.
+
+    Attributes:
+        outcomes: the outcome table.
+        adversarial: row -> the stored image (C, H, W) that broke it.
+        audit: the crossed audit's counts.
+        costs: stage -> cost.
+        notes: what limits a stage's result, such as bounds that cannot run on this network.
+        diagnostics: the warnings of the reference engine's own checks.
+    """
+
+    outcomes: pd.DataFrame
+    adversarial: Mapping[int, Floats]
+    audit: Audit
+    costs: Mapping[str, StageCost]
+    notes: Sequence[str]
+    diagnostics: Mapping[str, Sequence[str]]
+
+
+def evaluate(
+    session: Session,
+    track: Track,
+    examples: Examples,
+    *,
+    engine: Engine = "cascade",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Judge the session's model on the track's examples.
+
+    Args:
+        session: the model.
+        track: the protocol.
+        examples: the track's examples, in its order.
+        engine: `"cascade"` attacks with AutoAttack what nothing has settled; `"reference"` runs it on every correctly
+            classified example, which costs more and yields the metric `autoattack`.
+        progress: told of every stage.
+
+    Raises:
+        GateError: if an example is both certified and broken, or an attack left the ball; nothing may be published.
+        ModelError: if the model breaks the classifier contract.
+        WorkerError: if the model's process dies.
+    """
+    examiner = Examiner(session, track, examples, progress or NoProgress())
+    verdicts = Verdicts(examples.hashes, examples.labels)
+    examiner.check()
+    _clean(examiner, verdicts)
+    examiner.reference_checks()
+    _pgd(examiner, verdicts)
+    _bounds(examiner, verdicts)
+    _autoattack(examiner, verdicts, engine)
+    audit = crossed_audit(examiner, verdicts, all_attacked=engine == "reference")
+    _gate(examiner, verdicts, audit)
+    _corruptions(examiner, verdicts)
+    return Evaluation(
+        verdicts.table(),
+        verdicts.adversarial,
+        audit,
+        dict(examiner.costs),
+        tuple(examiner.notes),
+        {"autoattack": tuple(dict.fromkeys(examiner.warnings))},
+    )
+
+
+def _clean(examiner: Examiner, verdicts: Verdicts) -> None:
+    everything = np.ones(len(examiner.labels), dtype=bool)
+    examiner.progress.begin("clean", len(everything))
+    for shard, _ in examiner.shards(everything):
+        verdicts.clean[shard] = examiner.predict("clean", examiner.images[shard]) == examiner.labels[shard]
+        examiner.progress.advance(len(shard))
+
+
+def _pgd(examiner: Examiner, verdicts: Verdicts) -> None:
+    pgd = examiner.track.attacks.pgd
+    runs = pgd.restarts * len(pgd.losses_for(examiner.examples.classes))
+    examiner.progress.begin("PGD", int(verdicts.clean.sum()) * runs * pgd.steps)
+    for shard, rows in examiner.shards(verdicts.clean):
+        found = examiner.pgd("pgd", rows)
+        verdicts.attacked("pgd", rows, examiner.confirm("pgd", "PGD", shard, rows, found), found)
+
+
+def _bounds(examiner: Examiner, verdicts: Verdicts) -> None:
+    for method in examiner.track.bounds.methods:
+        examiner.progress.begin(f"bounds: {method}", int(verdicts.open.sum()))
+        for _, rows in examiner.shards(verdicts.open):
+            certified, margins = examiner.certify("bounds", method, rows)
+            verdicts.bounded(method, rows, certified, margins)
+            examiner.progress.advance(len(rows))
+
+
+def _autoattack(examiner: Examiner, verdicts: Verdicts, engine: Engine) -> None:
+    attacks = autoattack.applicable(examiner.examples.classes)
+    alive = verdicts.open if engine == "cascade" else verdicts.clean.copy()
+    for attack in attacks:
+        examiner.progress.begin(f"AutoAttack: {attack}", int(alive.sum()) * REFERENCE_FORWARDS[attack])
+        for shard, rows in examiner.shards(alive.copy()):
+            found = examiner.autoattack("autoattack", attack, rows)
+            broken = examiner.confirm("autoattack", attack, shard, rows, found)
+            verdicts.attacked(attack, rows, broken, found)
+            alive[rows[broken]] = False
+    # With fewer than four classes the reference code cannot run APGD-T, so what ran is not AutoAttack.
+    if engine == "reference" and attacks == autoattack.STAGES:
+        correct = np.flatnonzero(verdicts.clean)
+        verdicts.autoattack.iloc[correct] = alive[correct]
+
+
+def _corruptions(examiner: Examiner, verdicts: Verdicts) -> None:
+    suite, examples = examiner.track.corruptions, examiner.examples
+    everything = np.ones(len(examiner.labels), dtype=bool)
+    examiner.progress.begin("corruptions", len(suite.names) * len(suite.severities) * len(everything))
+    for name in suite.names:
+        for severity in suite.severities:
+            correct = np.zeros(len(everything), dtype=bool)
+            for shard, _ in examiner.shards(everything):
+                keys = [examples.hashes[row] for row in shard]
+                spoiled = corrupt(examples.images[shard], corruption=name, severity=severity, keys=keys, seed=suite.seed)
+                correct[shard] = examiner.predict("corruption", as_floats(spoiled)) == examiner.labels[shard]
+                examiner.progress.advance(len(shard))
+            verdicts.corrupted[f"corruption/{name}/{severity}"] = correct
+
+
+def _gate(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> None:
+    found = [*verdicts.contradictions(), *audit.contradictions]
+    if found:
+        rows = np.array(sorted({one.row for one in found}))
+        raise GateError(
+            f"Gate: {examiner.names(rows)} {'are' if len(rows) > 1 else 'is'} both certified and broken (by "
+            f"{found[0].certified_by} and {found[0].broken_by}); this is a bug in a bound, an attack or the model "
+            "wrapper, so nothing is published."
+        )

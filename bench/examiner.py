@@ -1,0 +1,199 @@
+"""The questions that an evaluation puts to a model, shard by shard, with their cost and their notes.
+
+A shard is a canonical batch of the track's order. An attack sees rows of one shard at a time and draws by example, so no
+option of a run can change an answer. A break counts only when the very tensor that is stored lies in the ball and is
+misclassified again in the canonical pass: its whole shard, the other rows clean, on one thread.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from robustboard.bench.channel import Array
+from robustboard.bench.operations import Reply
+from robustboard.bench.protocol import Examples, Track
+from robustboard.bench.session import Session
+from robustboard.bench.verdicts import Flags, Rows
+from robustboard.defenses.adapter import Progress
+from robustboard.errors import GateError, ModelError, WorkerError
+
+Floats = npt.NDArray[np.float32]
+
+# Example-forwards that the reference code spends on an example that survives, with ten classes: for progress bars only.
+REFERENCE_FORWARDS = {"apgd_ce": 103, "apgd_t": 920, "fab_t": 1829, "square": 5004}
+
+# Enough to see randomness, NaN or a wrong shape, cheap on any network.
+_CHECKED_IMAGES = 16
+
+
+@dataclass
+class StageCost:
+    """What one stage cost: seconds of the model's process, and examples passed forward and backward."""
+
+    seconds: float = 0.0
+    forwards: int = 0
+    backwards: int = 0
+
+
+@dataclass
+class Examiner:
+    """Puts a track's questions to a session.
+
+    Attributes:
+        costs: stage -> what it cost so far.
+        notes: what limits a result, such as bounds that cannot run on this network.
+        warnings: what the reference engine's own checks said.
+    """
+
+    session: Session
+    track: Track
+    examples: Examples
+    progress: Progress
+    costs: dict[str, StageCost] = field(default_factory=lambda: defaultdict(StageCost))
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.images = self.examples.floats()
+        self.labels = self.examples.labels
+        self.threat = self.track.threat_model
+
+    def shards(self, wanted: Flags) -> Iterator[tuple[Rows, Rows]]:
+        """Each canonical batch with the rows of it that are wanted, where there are any."""
+        everything = np.arange(len(self.labels))
+        for begin in range(0, len(everything), self.track.batch_size):
+            shard = everything[begin : begin + self.track.batch_size]
+            rows = shard[wanted[shard]]
+            if len(rows):
+                yield shard, rows
+
+    def check(self) -> None:
+        """Hold the model to the classifier contract.
+
+        Raises:
+            ModelError: naming the rule that it breaks.
+        """
+        sample = self.images[:_CHECKED_IMAGES]
+        self._call("check", "check", {"classes": self.examples.classes}, {"images": sample})
+
+    def reference_checks(self) -> None:
+        """Ask the reference engine's own checks about the first shard; what they say goes to `warnings`."""
+        first = slice(0, self.track.batch_size)
+        settings = {"classes": self.examples.classes, "batch_size": self.track.batch_size}
+        arrays = {"images": self.images[first], "labels": self.labels[first]}
+        self.warnings += self._call("check", "reference_checks", settings, arrays).values["warnings"]
+
+    def predict(self, stage: str, images: Floats) -> npt.NDArray[np.int64]:
+        """The classes of one canonical batch, (N, C, H, W) -> (N,).
+
+        Raises:
+            ModelError: if a logit is not finite: such an answer is neither right nor wrong.
+        """
+        logits = self._call(stage, "predict", {}, {"images": images}).arrays["logits"]
+        if logits.shape != (len(images), self.examples.classes):
+            raise ModelError(
+                f"The model must return logits of shape (N, {self.examples.classes}); for {len(images)} images it "
+                f"returned {logits.shape}."
+            )
+        if not np.isfinite(logits).all():
+            raise ModelError(f"The model returned NaN or infinite logits during {stage}, so the run stops.")
+        predicted: npt.NDArray[np.int64] = logits.argmax(axis=1)
+        return predicted
+
+    def pgd(self, stage: str, rows: Rows) -> Floats:
+        """PGD's perturbed images for `rows` of one shard."""
+        pgd = self.track.attacks.pgd
+        settings = {
+            **self._threat_settings(),
+            "keys": [self.examples.hashes[row] for row in rows],
+            "seed": pgd.seed,
+            "steps": pgd.steps,
+            "restarts": pgd.restarts,
+            "step_size": float(pgd.step) * self.threat.radius,
+            "losses": list(pgd.losses_for(self.examples.classes)),
+        }
+        return self._perturbed(self._call(stage, "pgd", settings, self._rows(rows), bar=True), rows)
+
+    def autoattack(self, stage: str, attack: str, rows: Rows) -> Floats:
+        """The perturbed images of one of the reference engine's attacks for `rows` of one shard."""
+        settings = {
+            **self._threat_settings(),
+            "stage": attack,
+            "seed": self.track.attacks.autoattack.seed,
+            "batch_size": self.track.batch_size,
+            "classes": self.examples.classes,
+        }
+        reply = self._call(stage, "autoattack", settings, self._rows(rows), bar=True)
+        self.warnings += reply.values["warnings"]
+        return self._perturbed(reply, rows)
+
+    def certify(self, stage: str, method: str, rows: Rows) -> tuple[Flags, Floats]:
+        """Which of `rows` of one shard a method proves, and the lower bounds (len(rows), K) on their margins."""
+        settings = {
+            **self._threat_settings(),
+            "method": method,
+            "classes": self.examples.classes,
+            "iterations": self.track.bounds.alpha_iterations,
+            "memory_bytes": self.track.bounds.memory_mebibytes << 20,
+        }
+        reply = self._call(stage, "certify", settings, self._rows(rows))
+        reason = reply.values["reason"]
+        if reason and reason not in self.notes:
+            self.notes.append(str(reason))
+        certified, margins = reply.arrays["certified"], reply.arrays["margins"]
+        if certified.shape != (len(rows),) or margins.shape != (len(rows), self.examples.classes):
+            raise WorkerError(f"The model's process returned {method} bounds of a wrong shape; they are not used.")
+        return certified.astype(bool), margins.astype(np.float32)
+
+    def confirm(self, stage: str, attack: str, shard: Rows, rows: Rows, found: Floats) -> Flags:
+        """Which of the perturbed images of `rows`, as stored, are misclassified in the canonical pass.
+
+        Raises:
+            GateError: if one of them is not an allowed perturbation.
+        """
+        inside = self.threat.contains(torch.from_numpy(found), torch.from_numpy(self.images[rows])).numpy()
+        if not inside.all():
+            raise GateError(
+                f"Gate: {attack} left the {self.threat.norm} ball of radius {self.threat.text} on "
+                f"{self.names(rows[~inside])}; this is a bug of the attack, so nothing is published."
+            )
+        batch = self.images[shard].copy()
+        places = np.searchsorted(shard, rows)
+        batch[places] = found
+        broken: Flags = self.predict(stage, batch)[places] != self.labels[rows]
+        return broken
+
+    def names(self, rows: Rows) -> str:
+        """Examples by the beginning of their content hash, the first five spelled out."""
+        names = [self.examples.hashes[row][:12] for row in rows[:5]]
+        more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
+        return f"example{'s' if len(rows) > 1 else ''} {', '.join(names)}{more}"
+
+    def _threat_settings(self) -> dict[str, Any]:
+        return {"norm": self.threat.norm, "eps": str(self.threat.eps)}
+
+    def _rows(self, rows: Rows) -> dict[str, Array]:
+        return {"images": self.images[rows], "labels": self.labels[rows]}
+
+    def _perturbed(self, reply: Reply, rows: Rows) -> Floats:
+        found = reply.arrays["adversarial"]
+        if found.shape != self.images[rows].shape or found.dtype != np.float32:
+            raise WorkerError("The model's process returned perturbed images of a wrong shape; they are not used.")
+        return found.astype(np.float32, copy=False)
+
+    def _call(
+        self, stage: str, operation: str, params: Mapping[str, Any], arrays: Mapping[str, Array], *, bar: bool = False
+    ) -> Reply:
+        reply = self.session.call(operation, params, arrays, on_forwards=self.progress.advance if bar else None)
+        cost = self.costs[stage]
+        cost.seconds += reply.seconds
+        cost.forwards += reply.forwards
+        cost.backwards += reply.backwards
+        return reply

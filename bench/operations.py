@@ -1,0 +1,172 @@
+"""What is asked of a model: each operation takes numbers and arrays, and gives numbers and arrays back.
+
+The same operations serve a module of this process (a notebook) and a module of a worker process (everything else), so
+both are judged by the same code. An operation never decides a verdict: it predicts, searches or bounds, and the caller,
+which alone knows the labels' whole story, checks what comes back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robustboard.attacks import autoattack, bounds
+from robustboard.attacks.counting import PassCounter
+from robustboard.attacks.pgd import pgd
+from robustboard.attacks.threat import ThreatModel
+from robustboard.bench.channel import Array
+from robustboard.defenses.contract import check_classifier
+from robustboard.errors import RobustBoardError, WorkerError
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to one operation: values, arrays, and what it cost.
+
+    Attributes:
+        forwards: examples passed forward through the model.
+        backwards: examples passed backward through it.
+    """
+
+    values: dict[str, Any]
+    arrays: dict[str, Array]
+    seconds: float = 0.0
+    forwards: int = 0
+    backwards: int = 0
+
+
+class Operations:
+    """A classifier and the operations on it.
+
+    Args:
+        model: the classifier, already in eval mode on `device`.
+        device: where it runs.
+        on_forwards: called with the number of examples of every forward pass, as a sign of life.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, on_forwards: Callable[[int], None] | None = None
+    ) -> None:
+        self._model = model
+        self._device = device
+        self._on_forwards = on_forwards
+        self._table: dict[str, Callable[[Mapping[str, Any], Mapping[str, Array]], Reply]] = {
+            "check": self._check,
+            "predict": self._predict,
+            "pgd": self._pgd,
+            "reference_checks": self._reference_checks,
+            "autoattack": self._autoattack,
+            "certify": self._certify,
+        }
+
+    def run(self, operation: str, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
+        """Run one operation by name and count its cost.
+
+        Raises:
+            RobustBoardError: whatever sentence the operation has for the user.
+            WorkerError: if the model's own code raises.
+        """
+        began = time.perf_counter()
+        with PassCounter(self._model, on_forward=self._on_forwards) as counter:
+            try:
+                reply = self._table[operation](params, arrays)
+            except RobustBoardError:
+                raise
+            except Exception as error:
+                first = (str(error).strip().splitlines() or ["no message"])[0][:200].rstrip(".")
+                raise WorkerError(f"The model failed during {operation}: {type(error).__name__}: {first}.") from error
+        return Reply(reply.values, reply.arrays, time.perf_counter() - began, counter.forwards, counter.backwards)
+
+    def _tensor(self, array: Array) -> Tensor:
+        return torch.from_numpy(np.array(array)).to(self._device)
+
+    def _images(self, arrays: Mapping[str, Array]) -> tuple[Tensor, Tensor]:
+        return self._tensor(arrays["images"]), self._tensor(arrays["labels"])
+
+    def _check(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
+        check_classifier(self._model, self._tensor(arrays["images"]), classes=int(params["classes"]))
+        return Reply({}, {})
+
+    def _predict(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
+        """Logits of one canonical batch, on one thread: the pass that verdicts rest on."""
+        del params
+        with _one_thread(), torch.inference_mode():
+            logits = self._model(self._tensor(arrays["images"]))
+        return Reply({}, {"logits": logits.float().cpu().numpy()})
+
+    def _pgd(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
+        images, labels = self._images(arrays)
+        adversarial = pgd(
+            self._model,
+            images,
+            labels,
+            threat=_threat(params),
+            keys=params["keys"],
+            seed=params["seed"],
+            steps=params["steps"],
+            restarts=params["restarts"],
+            step_size=params["step_size"],
+            losses=tuple(params["losses"]),
+        )
+        return Reply({}, {"adversarial": adversarial.cpu().numpy()})
+
+    def _reference_checks(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
+        images, labels = self._images(arrays)
+        warnings = autoattack.reference_checks(
+            self._model, images, labels, classes=params["classes"], batch_size=params["batch_size"]
+        )
+        return Reply({"warnings": list(warnings)}, {})
+
+    def _autoattack(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
+        images, labels = self._images(arrays)
+        result = autoattack.run_stage(
+            self._model,
+            images,
+            labels,
+            threat=_threat(params),
+            stage=params["stage"],
+            seed=params["seed"],
+            batch_size=params["batch_size"],
+            classes=params["classes"],
+        )
+        return Reply({"warnings": list(result.warnings)}, {"adversarial": result.adversarial.cpu().numpy()})
+
+    def _certify(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
+        images, labels = self._images(arrays)
+        result = bounds.certify(
+            self._model,
+            images,
+            labels,
+            threat=_threat(params),
+            method=params["method"],
+            classes=params["classes"],
+            iterations=params["iterations"],
+            memory_bytes=params["memory_bytes"],
+            on_examples=self._on_forwards,
+        )
+        return Reply(
+            {"tolerance": result.tolerance, "reason": result.reason},
+            {"margins": result.margins.cpu().numpy(), "certified": result.certified.cpu().numpy()},
+        )
+
+
+def _threat(params: Mapping[str, Any]) -> ThreatModel:
+    return ThreatModel.parse(params["norm"], params["eps"])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in one order whatever the machine's core count, so that equal tensors give equal verdicts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,59 @@
+"""Every error a user can meet: one sentence that says what was given, what is allowed and what to do next.
+
+The command line prints the sentence and leaves with `exit_code`: 1 for a finding (a broken gate, a regression) and 2
+for misuse. Nothing here imports anything, so every package may import it.
+"""
+
+from __future__ import annotations
+
+
+class RobustBoardError(Exception):
+    """The base of all errors that are ours; its text is one complete sentence."""
+
+    exit_code: int = 2
+
+
+class DataError(RobustBoardError):
+    """A data set is missing, or its content is not what a track needs."""
+
+
+class TrackError(RobustBoardError):
+    """A track is unknown, or its TOML does not describe one."""
+
+
+class DefenseError(RobustBoardError):
+    """A defense is unknown, mis-configured, or does not suit the track."""
+
+
+class SubmissionError(RobustBoardError):
+    """A defense.toml, or a file that it names, cannot be used."""
+
+
+class ModelError(RobustBoardError):
+    """A model breaks the classifier contract (shape, logits, NaN, determinism)."""
+
+
+class WorkerError(RobustBoardError):
+    """The process that runs the model's code died, hung or talked nonsense."""
+
+
+class BoundsError(RobustBoardError):
+    """Verified bounds cannot be computed here; the reason goes into the record."""
+
+
+class RecordError(RobustBoardError):
+    """A record, or its outcome table, does not follow the schema."""
+
+
+class TrackingError(RobustBoardError):
+    """The MLflow store cannot be used."""
+
+
+class OutputError(RobustBoardError):
+    """A result cannot be written where it was asked for."""
+
+
+class GateError(RobustBoardError):
+    """An example is both certified and broken, or a stored break does not hold: a bug, so nothing is published."""
+
+    exit_code = 1
