@@ -36,14 +36,13 @@ def ball_in_box(half_axes: Tensor, low: Tensor, high: Tensor) -> Any:
             if isinstance(A, Tensor):
                 rows = A.reshape(A.shape[0], A.shape[1], *x.shape[1:])
                 centre = torch.einsum("bschw,bchw->bs", rows, x)
+                radius = (rows * half_axes).flatten(2).norm(dim=-1)
             elif isinstance(A, patches.Patches) and not A.identity:
-                rows = patches.patches_to_matrix(
-                    A.patches, x.shape, A.stride, A.padding, A.output_shape, A.unstable_idx, A.inserted_zeros
-                )
-                centre = A.matmul(x).reshape(*rows.shape[:2])
+                centre = A.matmul(x)
+                # The patches' own product leaves out what hangs over the image's edge.
+                radius = A.create_similar(A.patches.square()).matmul(half_axes.square().expand_as(x)).sqrt()
             else:
                 return box
-            radius = (rows * half_axes).flatten(2).norm(dim=-1)
             ball = (centre + sign * radius).reshape(box.shape)
             return torch.maximum(box, ball) if sign == -1 else torch.minimum(box, ball)
 

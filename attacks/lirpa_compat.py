@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import io
 import logging
 import sys
@@ -67,7 +68,8 @@ def mend_before_import() -> None:
 
 
 def mend_after_import() -> None:
-    """Let gradients pass at the ends of a clamped interval, and stop the package's log from reaching the root logger."""
+    """Mend what is inside auto_LiRPA itself, and keep its log to itself."""
+    _mend_named_members()
     if not _clamp_passes_gradient_at_its_bounds():
         for name, module in list(sys.modules.items()):
             if name.startswith("auto_LiRPA.operators.") and getattr(module, "torch", None) is torch:
@@ -113,6 +115,19 @@ def _mend_node_items() -> None:
     if not hasattr(node, "__getitem__"):
         helper = importlib.import_module("torch.onnx.symbolic_helper")
         node.__getitem__ = lambda self, key: helper._node_get(self, key)
+
+
+def _mend_named_members() -> None:
+    # torch 2 passes `remove_duplicate` to `_named_members`, which 0.3 overrides without it, so `parameters()` fails there.
+    bounded: Any = importlib.import_module("auto_LiRPA.bound_general").BoundedModule
+    members = bounded._named_members
+    known = inspect.signature(members).parameters.values()
+    if not any(parameter.name == "remove_duplicate" or parameter.kind is parameter.VAR_KEYWORD for parameter in known):
+
+        def named_members(self: Any, get_members_fn: Any, prefix: str = "", recurse: bool = True, **_: Any) -> Any:
+            return members(self, get_members_fn, prefix, recurse)
+
+        bounded._named_members = named_members
 
 
 def _clamp_passes_gradient_at_its_bounds() -> bool:

@@ -142,7 +142,8 @@ class _Search:
 
     def unbroken(self) -> Tensor:
         """The indices of the examples that are still classified correctly everywhere, int64."""
-        return (~self._broken).nonzero().flatten()
+        indices: Tensor = (~self._broken).nonzero().flatten()
+        return indices
 
     def run(self, todo: Tensor, points: Tensor, objective: Loss, steps: int) -> None:
         """Ascend from `points` for the examples `todo`; an example stops as soon as it is broken."""
@@ -197,4 +198,5 @@ def _uphill(gradient: Tensor, norm: Norm) -> Tensor:
     tiny = torch.finfo(gradient.dtype).tiny
     flat = gradient.flatten(1)
     flat = flat / flat.abs().amax(dim=1, keepdim=True).clamp(min=tiny)
-    return (flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=tiny)).view_as(gradient)
+    unit: Tensor = flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=tiny)
+    return unit.view_as(gradient)

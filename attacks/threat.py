@@ -112,16 +112,18 @@ class ThreatModel:
             upper = torch.where(upper.double() > exact + self.radius, _next(upper, -math.inf), upper).clamp(max=1.0)
             return lambda perturbed: perturbed.clamp(lower, upper)
 
-        radius, column = self.radius, (-1, *[1] * (images.dim() - 1))
-        # Rounding a pixel of [0, 1] to float32 moves it by at most 2^-25, so this slack outweighs all of them.
-        slack = math.sqrt(images[:1].numel()) * 2.0**-24
+        column = (-1, *[1] * (images.dim() - 1))
+        # Rounding a pixel of [0, 1] to float32 moves it by at most 2^-25, and all of them by at most this. What was
+        # outside is drawn in further than that, so that it counts as inside from then on.
+        rounding = math.sqrt(images[:1].numel()) * 2.0**-25
+        keep, target = self.radius - rounding, max(self.radius - 3 * rounding, 0.0)
 
         def shrink(perturbed: Tensor) -> Tensor:
             inside = perturbed.clamp(0.0, 1.0)
             delta = inside.double() - exact
             norms = _norm(delta)
-            share = (max(radius - slack, 0.0) / norms.clamp(min=1e-300)).view(column)
-            return torch.where((norms <= radius).view(column), inside, (exact + delta * share).float())
+            share = (target / norms.clamp(min=1e-300)).view(column)
+            return torch.where((norms <= keep).view(column), inside, (exact + delta * share).float())
 
         return shrink
 
@@ -141,7 +143,7 @@ class ThreatModel:
     def contains(self, perturbed: Tensor, images: Tensor) -> Tensor:
         """Whether each perturbed image is allowed, a boolean (N,): no tolerance, NaN is outside.
 
-        The difference of two float32 pixels is taken in float64, where it is exact as far as the comparison can tell.
+        The arithmetic is float64's: for L-inf that decides exactly, for L2 up to a relative error of about 1e-16.
         """
         in_box = ((perturbed >= 0) & (perturbed <= 1)).flatten(1).all(dim=1)
         return in_box & (self.distance(perturbed, images) <= self.radius)

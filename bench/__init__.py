@@ -1,1 +1,1 @@
-
+"""The judge: the fixed protocol and everything that runs it."""

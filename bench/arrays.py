@@ -85,7 +85,9 @@ def as_floats(images: Images) -> npt.NDArray[np.float32]:
     1.0
     """
     floats: npt.NDArray[np.float32] = images.astype(np.float32)
-    return floats / np.float32(255) if images.dtype == np.uint8 else floats
+    if images.dtype == np.uint8:
+        floats /= np.float32(255)
+    return floats
 
 
 def load_members(path: Path, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:

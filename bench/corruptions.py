@@ -74,7 +74,8 @@ def contrast(image: Pixels, factor: float, draws: Draws) -> Pixels:
     """Every pixel drawn towards the mean of its channel."""
     del draws
     means = image.mean(axis=(1, 2), keepdims=True)
-    return (image - means) * factor + means
+    drawn: Pixels = (image - means) * factor + means
+    return drawn
 
 
 def brightness(image: Pixels, amount: float, draws: Draws) -> Pixels:
@@ -82,7 +83,8 @@ def brightness(image: Pixels, amount: float, draws: Draws) -> Pixels:
     del draws
     value = image.max(axis=0, keepdims=True)
     ratios = np.divide(image, value, out=np.ones_like(image), where=value > 0)
-    return ratios * np.clip(value + amount, 0, 1)
+    lit: Pixels = ratios * np.clip(value + amount, 0, 1)
+    return lit
 
 
 def jpeg_compression(image: Pixels, quality: float, draws: Draws) -> Pixels:
@@ -103,7 +105,8 @@ def jpeg_compression(image: Pixels, quality: float, draws: Draws) -> Pixels:
 def spatial_scale(image: Pixels) -> float:
     """By what a length in pixels of a 32-pixel image is multiplied for this one."""
     _, height, width = image.shape
-    return max(min(height, width), 16) / 32
+    side: int = max(min(height, width), 16)
+    return side / 32
 
 
 @dataclass(frozen=True)

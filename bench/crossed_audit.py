@@ -1,9 +1,9 @@
 """The crossed audit: broken examples are bounded and certified ones attacked, though the cascade had settled both.
 
-The cascade never bounds what it has broken and never attacks what it has certified, so a wrong bound or attack could not
-show. Here both are tried against each other: every broken example is bounded, and of the certified ones those with the
-smallest margins and a sample keyed by their content are attacked with all of AutoAttack. No contradiction in n checks
-leaves at most 3/n of such checks wrong, with 95 % confidence (the rule of three).
+The cascade never bounds what it has broken and never attacks what it has certified, so a wrong bound or attack could
+not show. Here both are tried against each other: every broken example is bounded, and of the certified ones those with
+the smallest margins and a sample keyed by their content are attacked with all of AutoAttack. No contradiction in n
+checks leaves at most 3/n of such checks wrong, with 95 % confidence (the rule of three).
 """
 
 from __future__ import annotations
@@ -30,12 +30,6 @@ class Audit:
     broken_bounded: int = 0
     certified_attacked: int = 0
     contradictions: list[Contradiction] = field(default_factory=list)
-
-    @property
-    def upper_limit(self) -> float | None:
-        """The rule of three's upper 95 % limit on the share of wrong checks; None without checks."""
-        checks = self.broken_bounded + self.certified_attacked
-        return min(1.0, 3 / checks) if checks else None
 
 
 def crossed_audit(examiner: Examiner, verdicts: Verdicts, *, all_attacked: bool) -> Audit:

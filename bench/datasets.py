@@ -184,7 +184,9 @@ def _locate(name: str, known: Known, folders: tuple[Path, ...], download: bool) 
     looked = ", ".join(dict.fromkeys(pattern.replace("ubyte.gz", "ubyte") for pattern, _ in known.layouts))
     places = ", ".join(str(folder) for folder in (*folders, *known.system)) or "no folder"
     fetch = (
-        "run once with a network, which downloads it" if known.download else "copy the file into one of these folders"
+        "run once with --download where there is a network"
+        if known.download
+        else "copy the file into one of these folders"
     )
     raise DataError(
         f"The data set {name} was not found: looked for {looked} in {places}{failure}; to get it, {fetch}, set "

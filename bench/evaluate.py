@@ -1,4 +1,4 @@
-"""The evaluation: clean, PGD, bounds on what survived, AutoAttack on what is undecided, the crossed audit, corruptions."""
+"""The evaluation: clean, PGD, bounds on survivors, AutoAttack on the undecided, the crossed audit, corruptions."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Evaluation:
         outcomes: the outcome table.
         adversarial: row -> the stored image (C, H, W) that broke it.
         audit: the crossed audit's counts.
+        bound_methods: the bound methods that could run on this network, in the track's order.
         costs: stage -> cost.
         notes: what limits a stage's result, such as bounds that cannot run on this network.
         diagnostics: the warnings of the reference engine's own checks.
@@ -38,6 +39,7 @@ class Evaluation:
     outcomes: pd.DataFrame
     adversarial: Mapping[int, Floats]
     audit: Audit
+    bound_methods: tuple[str, ...]
     costs: Mapping[str, StageCost]
     notes: Sequence[str]
     diagnostics: Mapping[str, Sequence[str]]
@@ -81,6 +83,7 @@ def evaluate(
         verdicts.table(),
         verdicts.adversarial,
         audit,
+        tuple(method for method in track.bounds.methods if examiner.bounding.get(method, True)),
         dict(examiner.costs),
         tuple(examiner.notes),
         {"autoattack": tuple(dict.fromkeys(examiner.warnings))},
@@ -138,7 +141,9 @@ def _corruptions(examiner: Examiner, verdicts: Verdicts) -> None:
             correct = np.zeros(len(everything), dtype=bool)
             for shard, _ in examiner.shards(everything):
                 keys = [examples.hashes[row] for row in shard]
-                spoiled = corrupt(examples.images[shard], corruption=name, severity=severity, keys=keys, seed=suite.seed)
+                spoiled = corrupt(
+                    examples.images[shard], corruption=name, severity=severity, keys=keys, seed=suite.seed
+                )
                 correct[shard] = examiner.predict("corruption", as_floats(spoiled)) == examiner.labels[shard]
                 examiner.progress.advance(len(shard))
             verdicts.corrupted[f"corruption/{name}/{severity}"] = correct

@@ -1,7 +1,7 @@
 """The questions that an evaluation puts to a model, shard by shard, with their cost and their notes.
 
-A shard is a canonical batch of the track's order. An attack sees rows of one shard at a time and draws by example, so no
-option of a run can change an answer. A break counts only when the very tensor that is stored lies in the ball and is
+A shard is a canonical batch of the track's order. An attack sees rows of one shard at a time and draws by example, so
+no option of a run can change an answer. A break counts only when the very tensor that is stored lies in the ball and is
 misclassified again in the canonical pass: its whole shard, the other rows clean, on one thread.
 """
 
@@ -48,6 +48,7 @@ class Examiner:
 
     Attributes:
         costs: stage -> what it cost so far.
+        bounding: for each bound method that was asked, whether it could bound any example.
         notes: what limits a result, such as bounds that cannot run on this network.
         warnings: what the reference engine's own checks said.
     """
@@ -57,13 +58,14 @@ class Examiner:
     examples: Examples
     progress: Progress
     costs: dict[str, StageCost] = field(default_factory=lambda: defaultdict(StageCost))
+    bounding: dict[str, bool] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.images = self.examples.floats()
         self.labels = self.examples.labels
-        self.threat = self.track.threat_model
+        self.threat = self.track.threat
 
     def shards(self, wanted: Flags) -> Iterator[tuple[Rows, Rows]]:
         """Each canonical batch with the rows of it that are wanted, where there are any."""
@@ -150,6 +152,7 @@ class Examiner:
         certified, margins = reply.arrays["certified"], reply.arrays["margins"]
         if certified.shape != (len(rows),) or margins.shape != (len(rows), self.examples.classes):
             raise WorkerError(f"The model's process returned {method} bounds of a wrong shape; they are not used.")
+        self.bounding[method] = self.bounding.get(method, False) or bool(np.isfinite(margins).any())
         return certified.astype(bool), margins.astype(np.float32)
 
     def confirm(self, stage: str, attack: str, shard: Rows, rows: Rows, found: Floats) -> Flags:

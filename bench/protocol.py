@@ -25,7 +25,8 @@ from torch import Tensor
 from robustboard.attacks.keyed import derive_seed
 from robustboard.bench.arrays import Images, ImageSet, Labels, as_floats, lines_digest
 from robustboard.bench.datasets import ARRAYS, Dataset
-from robustboard.bench.track import Track, parse_track
+from robustboard.bench.track import Track
+from robustboard.bench.trackfile import parse_track
 from robustboard.defenses.adapter import Split, TrainingData
 from robustboard.errors import DataError, TrackError
 
@@ -149,7 +150,12 @@ def _own_track(path: Path) -> Track:
         raise TrackError(f"The track file {path} cannot be read ({error.strerror}).") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrackError(f"The track file {path} is not valid TOML: {error}.") from error
-    return track_from(content, where=str(path), folder=path.parent)
+    track = track_from(content, where=str(path), folder=path.parent)
+    if track.id in track_ids() and track.hash != load_track(track.id).hash:
+        raise TrackError(
+            f"{path}: the id {track.id} is that of a released track, which says otherwise; choose another."
+        )
+    return track
 
 
 def _folder() -> Any:

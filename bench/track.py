@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+import re
 from fractions import Fraction
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -21,7 +21,6 @@ from pydantic import (
     Field,
     InstanceOf,
     PlainSerializer,
-    ValidationError,
 )
 
 from robustboard.attacks.threat import ThreatModel
@@ -29,33 +28,69 @@ from robustboard.bench import corruptions, datasets
 from robustboard.bench.datasets import ARRAYS, NpzSource
 from robustboard.errors import TrackError
 
-_ID = r"^[a-z0-9][a-z0-9.-]*@[1-9][0-9]*$"
+_ID = re.compile(r"[a-z0-9][a-z0-9.-]*@[1-9][0-9]*")
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def _id(value: str) -> str:
+    if not _ID.fullmatch(value):
+        raise ValueError('a lower-case name and a version such as "mnist-linf@1"')
+    return value
+
+
+def _sha256(value: str) -> str:
+    if not _SHA256.fullmatch(value):
+        raise ValueError("64 hexadecimal digits")
+    return value
 
 
 def _fraction(value: object) -> Fraction:
+    demand = 'a positive fraction in quotes such as "1/4"'
     if not isinstance(value, str | Fraction):
-        raise ValueError('a fraction in quotes such as "1/4"')
+        raise ValueError(demand)
     try:
         number = Fraction(value)
     except (ValueError, ZeroDivisionError) as error:
-        raise ValueError('a fraction in quotes such as "1/4"') from error
+        raise ValueError(demand) from error
     if number <= 0:
-        raise ValueError("a positive fraction")
+        raise ValueError(demand)
     return number
 
 
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _count_or_all(value: object) -> object:
+    if value != "all" and not _positive(value):
+        raise ValueError('a whole number from 1, or "all"')
+    return value
+
+
 def _size(value: object) -> object:
-    if isinstance(value, int):
+    if _positive(value):
         return value
-    share = _fraction(value)
-    if share >= 1:
-        raise ValueError('a number of images, or a fraction below one such as "1/10"')
+    demand = 'a whole number from 1, or a fraction below one such as "1/10"'
+    if not isinstance(value, str | Fraction):
+        raise ValueError(demand)
+    try:
+        share = Fraction(value)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(demand) from error
+    if not 0 < share < 1:
+        raise ValueError(demand)
     return share
 
 
-def _source(value: str | NpzSource) -> str | NpzSource:
+def _setting(value: object) -> object:
+    if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError("true or false, a finite number, or text")
+    return value
+
+
+def _source(value: object) -> object:
     known = (*datasets.names(), ARRAYS)
-    if isinstance(value, str) and value not in known:
+    if not isinstance(value, NpzSource) and value not in known:
         raise ValueError(f"one of {', '.join(known)}, or {{npz = path}}")
     return value
 
@@ -63,7 +98,7 @@ def _source(value: str | NpzSource) -> str | NpzSource:
 def _known_corruptions(names: tuple[str, ...]) -> tuple[str, ...]:
     unknown = [name for name in names if name not in corruptions.NAMES]
     if unknown:
-        raise ValueError(f"out of {', '.join(corruptions.NAMES)}")
+        raise ValueError(f"a list out of {', '.join(corruptions.NAMES)}")
     return names
 
 
@@ -75,14 +110,15 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 Share = Annotated[InstanceOf[Fraction], BeforeValidator(_fraction), PlainSerializer(str)]
 Size = Annotated[
-    Annotated[int, Field(ge=1)] | InstanceOf[Fraction],
+    int | InstanceOf[Fraction],
     BeforeValidator(_size),
     PlainSerializer(lambda size: size if isinstance(size, int) else str(size)),
 ]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Severity = Annotated[int, Field(ge=1, le=5)]
-Setting = bool | int | float | str
+Setting = Annotated[bool | int | float | str, BeforeValidator(_setting)]
+CountOrAll = Annotated[int | Literal["all"], BeforeValidator(_count_or_all)]
 
 
 class _Frozen(BaseModel):
@@ -167,7 +203,7 @@ class Training(_Frozen):
         seed: which ones.
     """
 
-    train: Count | Literal["all"]
+    train: CountOrAll
     validation: Size
     seed: Seed
 
@@ -185,18 +221,18 @@ class Track(_Frozen):
         hyper: hyper-parameters by defense that differ from the defense's own defaults.
     """
 
-    id: Annotated[str, Field(pattern=_ID)]
+    id: Annotated[str, AfterValidator(_id)]
     title: Annotated[str, Field(min_length=1)]
     dataset: Annotated[
         str | InstanceOf[NpzSource],
-        AfterValidator(_source),
+        BeforeValidator(_source),
         PlainSerializer(lambda source: source if isinstance(source, str) else ARRAYS),
     ]
     threat: Annotated[
         InstanceOf[ThreatModel], PlainSerializer(lambda threat: {"norm": threat.norm, "eps": threat.text})
     ]
-    n: Count | Literal["all"]
-    images_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None
+    n: CountOrAll
+    images_sha256: Annotated[str, AfterValidator(_sha256)] | None
     batch_size: Count
     attacks: Attacks
     bounds: BoundSettings
@@ -227,93 +263,3 @@ class Track(_Frozen):
             return self
         name, _, version = self.id.partition("@")
         return self.model_copy(update={"id": f"{name}-n{n}@{version}", "n": n, "images_sha256": None})
-
-
-def parse_track(content: Mapping[str, Any], *, standard: Mapping[str, Any], where: str, folder: Path) -> Track:
-    """A track from the values of its TOML, completed by the standard protocol.
-
-    Args:
-        content: what the file says, or what `Track.frozen` gave.
-        standard: the standard protocol.
-        where: what to call the file in an error.
-        folder: what relative paths are relative to.
-
-    Raises:
-        TrackError: one sentence that names the key and what is allowed.
-    """
-    values = _merged(standard, content)
-    values.setdefault("title", values.get("id"))
-    values.setdefault("images_sha256", None)
-    if isinstance(values.get("dataset"), Mapping):
-        values["dataset"] = _npz_source(values["dataset"], where, folder)
-    if "threat" in values:
-        values["threat"] = _threat(values["threat"], where)
-    try:
-        return Track.model_validate(_with_tuples(values))
-    except ValidationError as error:
-        raise TrackError(_sentence(error, where)) from error
-
-
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _with_tuples(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _with_tuples(inner) for key, inner in value.items()}
-    return tuple(_with_tuples(inner) for inner in value) if isinstance(value, list) else value
-
-
-def _npz_source(table: Mapping[str, Any], where: str, folder: Path) -> NpzSource:
-    _require_keys(table, ("npz",), ("classes",), f"{where}: dataset")
-    path, classes = table["npz"], table.get("classes")
-    if not isinstance(path, str) or not path:
-        raise TrackError(f"{where}: dataset.npz must be the path of an npz file, not {path!r}.")
-    if classes is not None and (isinstance(classes, bool) or not isinstance(classes, int) or classes < 2):
-        raise TrackError(f"{where}: dataset.classes must be a whole number from 2, not {classes!r}.")
-    return NpzSource((folder / path).absolute(), classes)
-
-
-def _threat(table: object, where: str) -> ThreatModel:
-    if not isinstance(table, Mapping):
-        raise TrackError(f'{where}: threat must be a table such as {{norm = "linf", eps = "8/255"}}, not {table!r}.')
-    _require_keys(table, ("norm", "eps"), (), f"{where}: threat")
-    try:
-        return ThreatModel.parse(table["norm"], table["eps"])
-    except TrackError as error:
-        raise TrackError(f"{where}: {error}") from error
-
-
-def _require_keys(table: Mapping[str, Any], needed: tuple[str, ...], more: tuple[str, ...], where: str) -> None:
-    allowed = ", ".join((*needed, *more))
-    for key in table:
-        if key not in (*needed, *more):
-            raise TrackError(f"{where}.{key} is not known; allowed are {allowed}.")
-    for key in needed:
-        if key not in table:
-            raise TrackError(f"{where}.{key} is missing; allowed are {allowed}.")
-
-
-def _sentence(error: ValidationError, where: str) -> str:
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
-    key = ".".join(part for part in path if not part.startswith(("is-instance", "constrained", "literal", "function")))
-    if first["type"] == "missing":
-        return f"{where}: the key {key} is missing."
-    if first["type"] == "extra_forbidden":
-        return f"{where}: the key {key} is not known; allowed are {', '.join(_allowed(first['loc'][:-1]))}."
-    demand = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{where}: {key} must be {demand}, not {first['input']!r}."
-
-
-def _allowed(loc: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = Track
-    for part in loc:
-        annotation = model.model_fields[str(part)].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
-    return sorted(model.model_fields)

@@ -1,7 +1,7 @@
 """Results in an MLflow store: one parent run a scored defense, one child run a stage; and records back out of it.
 
-Only this module imports MLflow. The store's URI and artifact root are always explicit, telemetry is off, and the command
-is the only writer.
+Only this module imports MLflow. The store's URI and artifact root are always explicit, telemetry is off, and the
+command is the only writer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def store_uri(given: str | None, folder: Path) -> str:
     return given or os.environ.get("MLFLOW_TRACKING_URI") or local_uri(folder)
 
 
-def log_record(record: Record, folder: Path, *, uri: str, images: Floats, training: Sequence[Mapping[str, float]]) -> str:
+def log_record(
+    record: Record, folder: Path, *, uri: str, images: Floats, training: Sequence[Mapping[str, float]]
+) -> str:
     """Log a published record.
 
     Args:

@@ -1,23 +1,39 @@
 """The contract of a defense: what it is handed, what it hands back, and what it says about itself.
 
-A defense trains a classifier: an `nn.Module` that takes float32 images (N, C, H, W) in [0, 1] and returns logits (N, K),
-with any normalisation inside. In eval mode it is deterministic and does not depend on the rest of the batch.
+A defense trains a classifier: an `nn.Module` that takes float32 images (N, C, H, W) in [0, 1] and returns logits
+(N, K), with any normalisation inside. In eval mode it is deterministic and does not depend on the rest of the batch.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from robustboard.attacks.threat import ThreatModel
+from robustboard.defenses.checkpoints import CheckpointStore
+from robustboard.defenses.hyper import apply_overrides, require_known
 from robustboard.errors import DefenseError
+
+__all__ = [
+    "CheckpointStore",
+    "Claim",
+    "Defense",
+    "DefenseCard",
+    "Kind",
+    "NoProgress",
+    "Progress",
+    "Split",
+    "TrainingData",
+]
+
+Hyper = TypeVar("Hyper")
+
+Kind = Literal["empirical", "certified", "undefended"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +58,14 @@ class DefenseCard:
     """What a board prints about a defense.
 
     Attributes:
+        name: what the command line calls it, `[a-z0-9-]+`.
+        title: the method's name in words.
+        paper: the address of the paper.
+        authors: in the paper's order.
+        year: of the paper.
         kind: `"empirical"` (aims to survive attacks), `"certified"` (aims to be provable) or `"undefended"`.
+        summary: one sentence on how it trains.
+        claims: what the paper says it reaches.
     """
 
     name: str
@@ -50,7 +73,7 @@ class DefenseCard:
     paper: str
     authors: tuple[str, ...]
     year: int
-    kind: str
+    kind: Kind
     summary: str
     claims: tuple[Claim, ...] = ()
 
@@ -115,41 +138,17 @@ class NoProgress:
         """Do nothing."""
 
 
-class CheckpointStore:
-    """Where a training keeps its last state, so that a killed one resumes; without a folder it keeps nothing.
-
-    A state is what `torch.save` takes and `torch.load(weights_only=True)` gives back: tensors, numbers, text, and lists
-    and dictionaries of them. A write is atomic: the file is either the old state or the new one.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
-
-    def save(self, name: str, state: Mapping[str, Any]) -> None:
-        """Keep `state` under `name` (a file name without an ending)."""
-        from robustboard.defenses.checkpoints import save_state
-
-        if self._folder is not None:
-            save_state(self._folder / f"{name}.pt", state)
-
-    def load(self, name: str) -> dict[str, Any] | None:
-        """The last state kept under `name`, or None. A damaged file counts as none."""
-        from robustboard.defenses.checkpoints import load_state
-
-        return None if self._folder is None else load_state(self._folder / f"{name}.pt")
-
-
-Hyper = TypeVar("Hyper")
-
-
 class Defense(ABC, Generic[Hyper]):
     """One published method, as a trainer of classifiers.
 
-    Subclasses name a `card` and a frozen dataclass of hyper-parameters, and implement `fit`. The registry makes one
-    instance for each use: `defense = MyDefense(); defense.fit(...)`.
+    Subclasses name a `card` and a frozen dataclass of hyper-parameters (`hyper_type`), and implement `defaults` and
+    `fit`. The registry makes one instance for each use; `conformance.check_defense` says whether all promises hold.
 
     Args:
         overrides: hyper-parameters by name, as text (from `--set`) or already typed (from a track).
+
+    Raises:
+        DefenseError: if an override names no hyper-parameter of the method.
     """
 
     card: ClassVar[DefenseCard]
@@ -157,12 +156,8 @@ class Defense(ABC, Generic[Hyper]):
 
     def __init__(self, overrides: Mapping[str, object] | None = None) -> None:
         self.overrides = dict(overrides or {})
-        known = {f.name for f in dataclasses.fields(self.hyper_type)}
         for name in self.overrides:
-            if name not in known:
-                raise DefenseError(
-                    f"{self.card.name} has no hyper-parameter {name!r}; it has {', '.join(sorted(known))}."
-                )
+            require_known(name, self.hyper_type, owner=self.card.name)
 
     @abstractmethod
     def defaults(self, data: TrainingData, threat: ThreatModel) -> Hyper:
@@ -172,10 +167,11 @@ class Defense(ABC, Generic[Hyper]):
         """The hyper-parameters in force: the defaults with the overrides applied.
 
         Raises:
-            DefenseError: if an override does not read as the field's type.
+            DefenseError: if the track does not suit the method, or an override does not read as the field's type.
         """
-        from robustboard.defenses.hyper import apply_overrides
-
+        reason = self.unsuited(data, threat)
+        if reason is not None:
+            raise DefenseError(reason)
         return apply_overrides(self.defaults(data, threat), self.overrides, owner=self.card.name)
 
     def unsuited(self, data: TrainingData, threat: ThreatModel) -> str | None:
@@ -197,13 +193,16 @@ class Defense(ABC, Generic[Hyper]):
         """Train a classifier and return it in eval mode on `device`.
 
         The same seed, machine and thread count repeat bit for bit, and a training that was killed continues from
-        `checkpoints` to the same weights.
+        `checkpoints` to the same weights. The global random state is left as it was.
+
+        Args:
+            data: the training and validation splits.
+            threat: what the classifier is to withstand.
+            seed: the one source of randomness.
+            device: where to train.
+            progress: told about every step.
+            checkpoints: where states are kept, the final one too.
+
+        Raises:
+            DefenseError: if the track does not suit the method, or the training fails.
         """
-
-
-@dataclass
-class EpochLog:
-    """The numbers of one finished epoch, for the record and for MLflow."""
-
-    epoch: int
-    values: dict[str, float] = field(default_factory=dict)

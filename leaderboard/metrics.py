@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -82,6 +83,29 @@ def derive_metrics(outcomes: pd.DataFrame, *, bound_methods: Sequence[str] = ())
     return metrics
 
 
+def check_metrics(
+    given: Mapping[str, Metric], outcomes: pd.DataFrame, *, bound_methods: Sequence[str], name: str
+) -> None:
+    """Refuse metrics that do not follow from their outcome table; `name` is what the errors call the record.
+
+    Raises:
+        RecordError: if the table is refused, or a metric is missing, unknown or different.
+    """
+    try:
+        derived = derive_metrics(outcomes, bound_methods=bound_methods)
+    except RecordError as error:
+        raise RecordError(f"{name} has an outcome table that is refused: {error}") from error
+    for metric in sorted(given.keys() | derived.keys()):
+        if metric not in given or metric not in derived or not _close(given[metric], derived[metric]):
+            raise RecordError(f"{name} gives a metric {metric!r} that does not follow from its outcome table.")
+
+
+def _close(first: Metric, second: Metric) -> bool:
+    """Whether two metrics differ by no more than another library version would explain."""
+    pairs = ((first.value, second.value), (first.low, second.low), (first.high, second.high))
+    return first.n == second.n and all(math.isclose(one, other, abs_tol=1e-9) for one, other in pairs)
+
+
 def _share(flags: Flags) -> Metric:
     successes, trials = int(flags.sum()), len(flags)
     low, high = wilson(successes, trials)
@@ -103,5 +127,6 @@ def _certified_by(outcomes: pd.DataFrame, methods: Sequence[str]) -> dict[str, M
             f"({', '.join(methods) or 'none'})."
         )
     return {
-        f"certified/{method}": _share(np.isin(by, methods[:position])) for position, method in enumerate(methods, start=1)
+        f"certified/{method}": _share(np.isin(by, methods[:position]))
+        for position, method in enumerate(methods, start=1)
     }

@@ -141,7 +141,7 @@ def from_parquet(content: bytes, *, name: str = "The outcome table") -> pd.DataF
         RecordError: if the bytes are not Parquet.
     """
     try:
-        table = pq.read_table(io.BytesIO(content)).to_pandas()
+        table: pd.DataFrame = pq.read_table(io.BytesIO(content)).to_pandas()
     except (pa.ArrowException, OSError, ValueError) as error:
         raise RecordError(f"{name} cannot be read as Parquet, so it is damaged or something else.") from error
     for column in table.columns:
@@ -188,7 +188,9 @@ def _is_kind(column: pd.Series, kind: str) -> bool:
 
 def _check_values(outcomes: pd.DataFrame) -> None:
     if (duplicated := outcomes["index"].duplicated()).any():
-        raise RecordError(f"The index {outcomes.loc[duplicated, 'index'].iloc[0]} stands for two rows; it must be unique.")
+        raise RecordError(
+            f"The index {outcomes.loc[duplicated, 'index'].iloc[0]} stands for two rows; it must be unique."
+        )
     if (outcomes[["index", "label"]].to_numpy() < 0).any():
         raise RecordError("The columns index and label must not be negative.")
     for example in outcomes["example"]:
@@ -216,4 +218,6 @@ def _refuse(outcomes: pd.DataFrame, rows: np.ndarray[tuple[int], np.dtype[np.boo
 def _examples(hashes: list[str]) -> str:
     named = ", ".join(example[:12] for example in hashes[:5])
     more = f" and {len(hashes) - 5} more" if len(hashes) > 5 else ""
-    return f"{'The example' if len(hashes) == 1 else 'The examples'} {named}{more} {'is' if len(hashes) == 1 else 'are'}"
+    return (
+        f"{'The example' if len(hashes) == 1 else 'The examples'} {named}{more} {'is' if len(hashes) == 1 else 'are'}"
+    )

@@ -74,9 +74,7 @@ def mcnemar_exact(first: Flags, second: Flags) -> Paired:
     return Paired(only_first, only_second, p_value)
 
 
-def rank_intervals(
-    outcomes: Flags, *, seed: int, draws: int = 2000, confidence: float = 0.95
-) -> list[tuple[int, int]]:
+def rank_intervals(outcomes: Flags, *, seed: int, draws: int = 2000, confidence: float = 0.95) -> list[tuple[int, int]]:
     """The interval of each defense's rank when the shared examples are drawn anew.
 
     Args:

@@ -1,0 +1,1 @@
+"""The released tracks, one frozen TOML each, and the standard protocol that completes them."""

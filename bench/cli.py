@@ -1,0 +1,257 @@
+"""The command line: `robustboard demo | tracks | defenses | score | leaderboard`.
+
+Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 a finding (a broken gate),
+2 misuse or unusable input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Column, Table
+
+from robustboard.errors import OutputError, RobustBoardError
+
+if TYPE_CHECKING:
+    from robustboard.leaderboard.record import Record
+
+app = typer.Typer(
+    name="robustboard",
+    help="Train, attack, bound and corrupt defenses against adversarial examples, and publish what is left.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+_DEFAULT_RUNS = Path("runs")
+
+Runs = Annotated[Path, typer.Option("--runs", help="Folder of run directories and of the MLflow store.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
+DataDir = Annotated[
+    list[Path] | None, typer.Option("--data-dir", help="A folder to look for data in; may be repeated.")
+]
+Mlflow = Annotated[
+    str | None,
+    typer.Option("--mlflow", help="URI of the MLflow store [default: MLFLOW_TRACKING_URI, else RUNS/mlflow.db]."),
+]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write the site to.")]
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"robustboard {installed('robustboard')}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: robustboard tracks")
+def tracks(*, as_json: AsJson = False) -> None:
+    """List the released tracks: data, radius, and how many examples are judged."""
+    from robustboard.bench.protocol import load_track, track_ids
+
+    loaded = [load_track(name) for name in track_ids()]
+    if as_json:
+        _print_json([track.frozen() for track in loaded])
+        return
+    table = Table(
+        Column("track", no_wrap=True), "data", "threat", "examples", box=None, header_style="bold", pad_edge=False
+    )
+    for track in loaded:
+        table.add_row(track.id, str(track.dataset), f"{track.threat.norm} {track.threat.text}", str(track.n))
+    Console().print(table)
+
+
+@app.command(epilog="Example: robustboard defenses --json")
+def defenses(*, as_json: AsJson = False) -> None:
+    """List the defenses that can be trained here, with their papers and claims."""
+    import dataclasses
+
+    from robustboard.defenses import registry
+
+    cards = registry.cards()
+    if as_json:
+        _print_json([dataclasses.asdict(card) for card in cards])
+        return
+    table = Table("name", "year", "kind", "method", box=None, header_style="bold", pad_edge=False)
+    for card in cards:
+        table.add_row(card.name, str(card.year), card.kind, card.title)
+    Console().print(table)
+
+
+@app.command(epilog="Example: robustboard score pgd-at --track digits-linf@1")
+def score(
+    defense: Annotated[str, typer.Argument(help="A name from `robustboard defenses`, or the path of a defense.toml.")],
+    *,
+    track: Annotated[str, typer.Option(help="An id from `robustboard tracks`, or the path of your own TOML.")],
+    n: Annotated[int | None, typer.Option(min=1, help="Judge only the first N examples (another track id).")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The training seed.")] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="K=V", help="A hyper-parameter; may be repeated.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="A torch device, such as cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads for the model [default: all cores].")] = None,
+    attack_engine: Annotated[
+        Literal["cascade", "reference"],
+        typer.Option(help="cascade attacks what is undecided; reference runs AutoAttack on every example."),
+    ] = "cascade",
+    runs: Runs = _DEFAULT_RUNS,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="This run's folder [default: RUNS/track/defense/seed-S].")
+    ] = None,
+    mlflow: Mlflow = None,
+    no_mlflow: Annotated[bool, typer.Option("--no-mlflow", help="Write the run directory only.")] = False,
+    data_dir: DataDir = None,
+    download: Annotated[bool, typer.Option("--download", help="Download data that is not found.")] = False,
+    load_seconds: Annotated[float, typer.Option(min=1, help="How long a submitted model may take to load.")] = 60.0,
+    as_json: AsJson = False,
+) -> None:
+    """Train or load one defense, judge it on a track, and write its record."""
+    from robustboard.bench import tracking
+    from robustboard.bench.progress import Bars
+    from robustboard.bench.score import Request, score_defense
+
+    request = Request(
+        defense=defense,
+        track=track,
+        n=n,
+        seed=seed,
+        overrides=_overrides(settings or []),
+        device=device,
+        threads=threads,
+        engine=attack_engine,
+        runs=runs,
+        run_dir=run_dir,
+        data_dirs=tuple(data_dir or ()),
+        download=download,
+        load_seconds=load_seconds,
+    )
+    console = Console(stderr=True)
+    with Bars(console) as bars:
+        scored = score_defense(request, bars.job(Path(defense).parent.name if "/" in defense else defense))
+    if not no_mlflow:
+        uri = tracking.store_uri(mlflow, runs)
+        tracking.log_record(scored.record, scored.folder, uri=uri, images=scored.images, training=scored.training)
+        console.print(f"Logged to {uri}", markup=False, highlight=False)
+    if as_json:
+        sys.stdout.write(scored.record.model_dump_json(indent=2) + "\n")
+        return
+    _print_record(scored.record)
+    typer.echo(f"\nRecord: {scored.folder}")
+    typer.echo(f"Board:  robustboard leaderboard --records {runs} --out site")
+
+
+@app.command(epilog="Example: robustboard leaderboard --records runs --out site")
+def leaderboard(
+    *,
+    records: Annotated[
+        Path | None, typer.Option(help="A folder that holds records, at any depth [default: runs].")
+    ] = None,
+    mlflow: Annotated[str | None, typer.Option("--mlflow", help="Read the records from this MLflow store.")] = None,
+    out: Out = Path("site"),
+) -> None:
+    """Build the static site from records or from an MLflow store."""
+    from robustboard.bench import tracking
+    from robustboard.leaderboard.record import load_all
+    from robustboard.leaderboard.site import build_site
+
+    if records is not None and mlflow is not None:
+        raise RobustBoardError("Give either --records or --mlflow, not both.")
+    found = tracking.read_records(mlflow) if mlflow is not None else load_all(records or _DEFAULT_RUNS)
+    typer.echo(build_site(found, out))
+
+
+@app.command(epilog="Example: robustboard demo --out site")
+def demo(
+    *,
+    out: Out = Path("site"),
+    runs: Annotated[Path, typer.Option("--runs", help="Folder of the demo's runs and MLflow store.")] = Path(
+        "runs/demo"
+    ),
+    jobs: Annotated[int | None, typer.Option(min=1, help="Defenses at a time [default: one a core].")] = None,
+) -> None:
+    """Train and score every defense on the embedded digits, and build the site: a few minutes on two cores."""
+    from robustboard.bench.demo import run_demo
+    from robustboard.bench.progress import Bars
+
+    console = Console(stderr=True)
+    with Bars(console) as bars:
+        result = run_demo(runs=runs, out=out, jobs=jobs, bars=bars)
+    table = Table("defense", "clean", "PGD", "robust", "certified", "corruption", box=None, header_style="bold")
+    for record in result.records:
+        table.add_row(
+            record.defense.name,
+            *(_shown(record, name) for name in ("clean", "pgd", "robust", "certified", "corruption")),
+        )
+    Console().print(table)
+    for name, reason in result.unsuited:
+        typer.echo(f"{name} was left out: {reason}")
+    typer.echo(f"\nSite:   {result.site}")
+    typer.echo(f"MLflow: mlflow ui --backend-store-uri {result.mlflow_uri}")
+
+
+def _overrides(settings: list[str]) -> dict[str, object]:
+    overrides: dict[str, object] = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise RobustBoardError(f"--set takes name=value, such as --set epochs=10, not {text!r}.")
+        overrides[name.strip()] = value.strip()
+    return overrides
+
+
+def _shown(record: Record, name: str) -> str:
+    metric = record.metrics.get(name)
+    return "not run" if metric is None else f"{metric.value:.1%} [dim]{metric.low:.1%} to {metric.high:.1%}[/dim]"
+
+
+def _print_record(record: Record) -> None:
+    table = Table("metric", "value and 95 % interval", box=None, header_style="bold", pad_edge=False)
+    for name in ("clean", "pgd", "robust", "autoattack", "certified", "undecided", "corruption"):
+        if name in record.metrics:
+            table.add_row(name, _shown(record, name))
+    console = Console()
+    console.print(f"[bold]{record.defense.title}[/bold] on {record.track.id}, n = {record.metrics['clean'].n}")
+    console.print(table)
+    for note in record.notes:
+        console.print(f"Note: {note}", markup=False, highlight=False)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def main() -> NoReturn:
+    """Run the command line; every error of ours is one sentence and an exit code, never a traceback."""
+    try:
+        app()
+    except RobustBoardError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("Interrupted; the same command continues a training where it stopped.", 130)
+    except OSError as error:
+        if os.environ.get("ROBUSTBOARD_DEBUG"):
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        _fail(f"The file system refused{where}: {error.strerror or error}.", OutputError.exit_code)
+    except Exception as error:
+        if os.environ.get("ROBUSTBOARD_DEBUG"):
+            raise
+        text = f"This is a bug of RobustBoard: {type(error).__name__}: {error}. ROBUSTBOARD_DEBUG=1 shows where."
+        _fail(text, RobustBoardError.exit_code)
+    sys.exit(0)
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
+    sys.stderr.write(f"robustboard: {sentence}\n")
+    sys.exit(code)

@@ -1,0 +1,69 @@
+"""The demo: every defense that suits the embedded digits, trained, judged on the whole track and put on a board."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from robustboard.bench import tracking
+from robustboard.bench.datasets import load_dataset
+from robustboard.bench.entrants import why_unsuited
+from robustboard.bench.progress import Bars
+from robustboard.bench.protocol import load_track
+from robustboard.bench.score import Request, Scored, score_defense
+from robustboard.defenses import registry
+from robustboard.leaderboard.record import Record
+from robustboard.leaderboard.site import build_site
+
+TRACK = "digits-linf@1"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo made.
+
+    Attributes:
+        records: one for each defense, the most robust first.
+        unsuited: (defense, reason) of those that the track does not suit.
+        site: the page to open.
+        mlflow_uri: the store.
+    """
+
+    records: tuple[Record, ...]
+    unsuited: tuple[tuple[str, str], ...]
+    site: Path
+    mlflow_uri: str
+
+
+def run_demo(*, runs: Path, out: Path, jobs: int | None, bars: Bars) -> Demo:
+    """Score every built-in defense on the digits, several at a time with one thread each, and build the site.
+
+    Args:
+        runs: where run directories and the MLflow store go.
+        out: where the site goes.
+        jobs: defenses at a time; None is one a core.
+        bars: shows what is under way.
+    """
+    track = load_track(TRACK)
+    dataset = load_dataset(track.dataset)
+    reasons = {name: why_unsuited(name, track, dataset) for name in registry.names()}
+    suited = [name for name, reason in reasons.items() if reason is None]
+
+    def one(name: str) -> Scored:
+        bar = bars.job(name)
+        try:
+            return score_defense(Request(defense=name, track=TRACK, threads=1, runs=runs), bar)
+        finally:
+            bar.end()
+
+    with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
+        scored = list(pool.map(one, suited))
+    uri = tracking.local_uri(runs)
+    for result in scored:
+        tracking.log_record(result.record, result.folder, uri=uri, images=result.images, training=result.training)
+    records = sorted((result.record for result in scored), key=lambda record: -record.metrics["robust"].value)
+    site = build_site(records, out)
+    unsuited = tuple((name, reason) for name, reason in reasons.items() if reason is not None)
+    return Demo(tuple(records), unsuited, site, uri)

@@ -1,0 +1,223 @@
+"""Scoring one defense: data, a model in its own process, the evaluation, the record, the run directory.
+
+A run directory holds `checkpoints/` (what a killed training continues from), `model.safetensors` (a trained model's
+weights), `adversarial.npz` (the images that broke it) and `record/` (what can be published). The record is written last
+and whole, so a run directory with a record is a finished run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.numpy import save as to_safetensors
+from torch import nn
+
+from robustboard.bench.datasets import data_folders, from_arrays, load_dataset
+from robustboard.bench.entrants import find_entrant
+from robustboard.bench.evaluate import Engine, Evaluation, evaluate
+from robustboard.bench.examiner import Floats
+from robustboard.bench.files import write_atomically
+from robustboard.bench.process import LOAD_SECONDS, WorkerProcess
+from robustboard.bench.protocol import Track, load_track, resolve, select
+from robustboard.bench.report import build_record
+from robustboard.bench.session import LocalSession
+from robustboard.defenses.adapter import NoProgress, Progress
+from robustboard.errors import OutputError
+from robustboard.leaderboard.record import DefenseInfo, Record, save
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to score, and how.
+
+    Attributes:
+        defense: a name of the registry, or the path of a defense.toml.
+        track: an id, or the path of a TOML.
+        n: judge only the first n examples.
+        seed: the training seed.
+        overrides: hyper-parameters by name.
+        device: a torch device.
+        threads: of the model's process; None takes every core.
+        engine: see `evaluate`.
+        runs: where run directories are made.
+        run_dir: this run's directory, in place of one under `runs`.
+        data_dirs: folders to look for data in, before those of ROBUSTBOARD_DATA.
+        download: whether to download data that is in none of them.
+        load_seconds: how long a submitted model may take to load.
+    """
+
+    defense: str
+    track: str | Path
+    n: int | None = None
+    seed: int = 0
+    overrides: Mapping[str, object] = field(default_factory=dict)
+    device: str = "cpu"
+    threads: int | None = None
+    engine: Engine = "cascade"
+    runs: Path = Path("runs")
+    run_dir: Path | None = None
+    data_dirs: tuple[Path, ...] = ()
+    download: bool = False
+    load_seconds: float = LOAD_SECONDS
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A finished run.
+
+    Attributes:
+        record: what can be published.
+        folder: where it is.
+        images: the judged images, (N, C, H, W).
+        training: the numbers that a training told of, in order.
+    """
+
+    record: Record
+    folder: Path
+    images: Floats
+    training: tuple[Mapping[str, float], ...]
+
+
+def score_defense(request: Request, progress: Progress | None = None) -> Scored:
+    """Score a built-in defense or a submission; its model lives in a process of its own.
+
+    Raises:
+        RobustBoardError: one sentence, with the exit code of its class; no record is written.
+    """
+    watched = _Watched(progress or NoProgress())
+    track = load_track(request.track)
+    track = track if request.n is None else track.limited(request.n)
+    dataset = load_dataset(track.dataset, data_dirs=data_folders(request.data_dirs), download=request.download)
+    track, examples = resolve(track, dataset), select(track, dataset)
+    entrant = find_entrant(request.defense, request.overrides, track, dataset, seed=request.seed)
+    folder = request.run_dir or request.runs / track.id / entrant.info.name / f"seed-{request.seed}"
+    _make_folder(folder)
+    threads = request.threads or len(os.sched_getaffinity(0))
+    with WorkerProcess(device=request.device, threads=threads, load_seconds=request.load_seconds) as worker:
+        brought = entrant.enter(worker, folder, watched)
+        if brought.weights is not None:
+            write_atomically(folder / "model.safetensors", brought.weights)
+        found = evaluate(worker, track, examples, engine=request.engine, progress=watched)
+        device = worker.device
+    record = build_record(
+        found,
+        track=track,
+        info=entrant.info,
+        checkpoint_sha256=brought.checkpoint_sha256,
+        code_sha256=entrant.code_sha256,
+        parameters=brought.parameters,
+        training=brought.training,
+        hyper=entrant.hyper,
+        seeds=entrant.seeds,
+        device=device,
+        threads=threads,
+    )
+    write_atomically(folder / "adversarial.npz", _packed(found))
+    record = save(record, found.outcomes, folder / "record")
+    return Scored(record, folder / "record", examples.floats(), tuple(watched.notes))
+
+
+def score(
+    model: nn.Module,
+    *,
+    track: Track | str | Path,
+    data: tuple[npt.NDArray[Any], npt.NDArray[np.int64]] | None = None,
+    classes: int | None = None,
+    name: str | None = None,
+    n: int | None = None,
+    device: str | torch.device = "cpu",
+    engine: Engine = "cascade",
+    data_dirs: Sequence[Path] = (),
+    progress: Progress | None = None,
+) -> Record:
+    """Score a model of this process, for a notebook or a test; nothing is written.
+
+    Args:
+        model: a classifier: float32 images (N, C, H, W) in [0, 1] to logits (N, K). A copy in eval mode is judged.
+        track: an id, the path of a TOML, or a `Track`.
+        data: images (N, C, H, W) and labels (N,), for a track whose data set is `"arrays"`.
+        classes: K, where the largest label of `data` does not tell.
+        name: what to call it; by default its class's name.
+        n: judge only the first n examples.
+        device: a torch device.
+        engine: see `evaluate`.
+        data_dirs: folders to look for data in, before those of ROBUSTBOARD_DATA.
+        progress: told of every stage.
+
+    Returns:
+        The record, with `record.metrics` and `record.outcomes`.
+
+    Raises:
+        RobustBoardError: one sentence.
+    """
+    loaded = track if isinstance(track, Track) else load_track(track)
+    loaded = loaded if n is None else loaded.limited(n)
+    if data is None:
+        dataset = load_dataset(loaded.dataset, data_dirs=data_folders(data_dirs))
+    else:
+        dataset = from_arrays(*data, classes=classes)
+    loaded, examples = resolve(loaded, dataset), select(loaded, dataset)
+    found = evaluate(LocalSession(model, torch.device(device)), loaded, examples, engine=engine, progress=progress)
+    state = {key: value.detach().cpu().numpy() for key, value in model.state_dict().items()}
+    title = name or type(model).__name__
+    return build_record(
+        found,
+        track=loaded,
+        info=DefenseInfo(name=_slug(title), title=title, kind="empirical"),
+        checkpoint_sha256=hashlib.sha256(to_safetensors(state)).hexdigest(),
+        code_sha256=None,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        training=None,
+        hyper={},
+        seeds={},
+        device=str(device),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _packed(found: Evaluation) -> bytes:
+    """The images that broke examples, by row, as an npz."""
+    rows = sorted(found.adversarial)
+    images = np.stack([found.adversarial[row] for row in rows]) if rows else np.empty((0,), dtype=np.float32)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, index=np.array(rows, dtype=np.int64), images=images)
+    return buffer.getvalue()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The run directory {folder} cannot be made: {error.strerror}.") from error
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:64] or "model"
+
+
+class _Watched:
+    """Passes progress on, and keeps the numbers that a training tells for the tracking store."""
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner = inner
+        self.notes: list[dict[str, float]] = []
+
+    def begin(self, stage: str, total: int) -> None:
+        self._inner.begin(stage, total)
+
+    def advance(self, steps: int = 1) -> None:
+        self._inner.advance(steps)
+
+    def note(self, **values: float) -> None:
+        self.notes.append(values)
+        self._inner.note(**values)

@@ -1,0 +1,66 @@
+"""Where a training keeps its last state, so that a killed one continues instead of starting again."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustboard.errors import OutputError
+
+
+class CheckpointStore:
+    """A folder of named states; without a folder nothing is kept.
+
+    A state is what `torch.save` takes and `torch.load(weights_only=True)` gives back: tensors, numbers, text, and lists
+    and dictionaries of them. A write is atomic: the file is either the old state or the new one.
+
+    Args:
+        folder: created with the first state; None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+
+    def save(self, name: str, state: Mapping[str, Any]) -> None:
+        """Keep `state` under `name` (a file name without an ending).
+
+        Raises:
+            OutputError: if the folder cannot be written.
+        """
+        if self._folder is None:
+            return
+        path = self._folder / f"{name}.pt"
+        try:
+            _write(path, dict(state))
+        except OSError as error:
+            raise OutputError(f"The training state cannot be written to {path}: {error.strerror or error}.") from error
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        """The last state kept under `name`, tensors on the CPU; None if there is none, or it is damaged."""
+        if self._folder is None:
+            return None
+        try:
+            state = torch.load(self._folder / f"{name}.pt", map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+            return None
+        return state if isinstance(state, dict) else None
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

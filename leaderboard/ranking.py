@@ -1,0 +1,118 @@
+"""The order of a board: ranks by robust accuracy, with the uncertainty that a finite test set leaves in them.
+
+Defenses are ranked within a track by `robust`. Each rank carries a bootstrap interval over the examples that all of
+them were scored on, and defenses that a paired exact test cannot tell from the best of their group share a tie group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import pandas as pd
+
+from robustboard.leaderboard.record import Record, sort_key
+from robustboard.leaderboard.statistics import Flags, Paired, mcnemar_exact, rank_intervals
+
+SIGNIFICANCE: Final = 0.05
+_SEED: Final = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A ranked record.
+
+    Attributes:
+        rank: 1 is the best; equal robust accuracies share a rank.
+        low: the best rank of the 95 % interval.
+        high: the worst rank of the 95 % interval.
+        tie_group: 1 for the leader and those that the paired test cannot tell from it, and so on.
+    """
+
+    record: Record
+    rank: int
+    low: int
+    high: int
+    tie_group: int
+
+
+@dataclass(frozen=True)
+class Board:
+    """One track's records in their order.
+
+    Attributes:
+        entries: the ranked records, best first.
+        apart: suspicious and invalid records, which are not ranked.
+        shared: how many examples all ranked records were scored on.
+    """
+
+    track_id: str
+    track_hash: str
+    entries: tuple[Entry, ...]
+    apart: tuple[Record, ...]
+    shared: int
+
+
+def boards(records: Iterable[Record]) -> list[Board]:
+    """One board for each track, by id and hash: the order of `records` does not matter.
+
+    Raises:
+        RecordError: if a record came without its outcome table.
+    """
+    by_track: dict[tuple[str, str], list[Record]] = {}
+    for record in sorted(records, key=sort_key):
+        by_track.setdefault((record.track.id, record.track.hash), []).append(record)
+    return [_board(track, found) for track, found in sorted(by_track.items())]
+
+
+def compare(first: Record, second: Record) -> Paired:
+    """The exact paired test of two records' robust accuracy on the examples they share."""
+    held = _held([first, second])
+    return mcnemar_exact(held[0], held[1])
+
+
+def _board(track: tuple[str, str], records: Sequence[Record]) -> Board:
+    ranked = sorted((record for record in records if record.status == "ok"), key=_standing)
+    apart = tuple(sorted((record for record in records if record.status != "ok"), key=_standing))
+    held = _held(ranked)
+    intervals = rank_intervals(held, seed=_SEED) if ranked else []
+    values = [record.metrics["robust"].value for record in ranked]
+    entries = tuple(
+        # The shares on a board differ by whole examples, so equal means equal.
+        Entry(record, 1 + sum(value > values[place] for value in values), low, high, group)
+        for place, (record, (low, high), group) in enumerate(zip(ranked, intervals, _tie_groups(held), strict=True))
+    )
+    return Board(*track, entries, apart, held.shape[1])
+
+
+def _standing(record: Record) -> tuple[float, float, float, tuple[str, ...]]:
+    metrics = record.metrics
+    return -metrics["robust"].value, -metrics["certified"].value, -metrics["clean"].value, sort_key(record)
+
+
+def _held(records: Sequence[Record]) -> Flags:
+    """Which shared examples each record holds on (certified, or survived every attack), (records, examples)."""
+    columns = []
+    for record in records:
+        outcomes = record.outcomes.sort_values("index", kind="stable")
+        # Test sets contain the odd duplicate image: its copies are told apart by their order.
+        copy = outcomes.groupby("example").cumcount()
+        held = outcomes["verdict"].isin(["certified", "undecided"]).to_numpy(bool)
+        columns.append(pd.Series(held, index=pd.MultiIndex.from_arrays([outcomes["example"], copy])))
+    if not columns:
+        return np.empty((0, 0), dtype=bool)
+    return pd.concat(columns, axis=1, join="inner").to_numpy(bool).T
+
+
+def _tie_groups(held: Flags) -> list[int]:
+    """Groups along the order given: a defense significantly below its group's first starts the next group."""
+    groups: list[int] = []
+    leader, group = 0, 1
+    for place in range(len(held)):
+        test = mcnemar_exact(held[leader], held[place])
+        if test.p_value < SIGNIFICANCE and test.only_first > test.only_second:
+            leader, group = place, group + 1
+        groups.append(group)
+    return groups

@@ -1,0 +1,173 @@
+"""What a template needs to know of a board, ready to print: no template computes anything."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from pydantic import JsonValue
+
+from robustboard.leaderboard import charts
+from robustboard.leaderboard.metrics import Metric
+from robustboard.leaderboard.ranking import Board, Entry
+from robustboard.leaderboard.record import Record
+
+_NORMS: Final = {"linf": "L∞", "l2": "L2"}
+_COLUMNS: Final = (
+    ("clean", "Clean", "Share classified correctly without any perturbation."),
+    ("pgd", "PGD", "Share still correct after projected gradient descent."),
+    ("autoattack", "AutoAttack", "Share still correct after AutoAttack, where it ran on every correct example."),
+    ("robust", "Robust", "Share certified, or still correct after every attack of the protocol. Boards rank by it."),
+    ("certified", "Certified", "Share proven: no allowed perturbation changes the class."),
+    ("undecided", "Undecided", "Share that no attack broke and no bound proved; robust less certified."),
+    ("corruption", "Corruption", "Mean accuracy over the protocol's common corruptions at all severities."),
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of numbers: the metric's name, its heading, and what it means."""
+
+    key: str
+    label: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A metric as it is printed in percent, and where its interval is drawn; `number` is what sorting uses."""
+
+    number: str
+    value: str
+    interval: str
+    span: charts.Span
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a board.
+
+    Attributes:
+        entry: its standing; None for a record that is set apart.
+        anchor: its id in the page.
+        cells: by column; None where the metric was not measured.
+        outcomes: the relative path of its outcome table.
+        true_low, true_high: where the true robust accuracy lies, in percent; `true_span` is for drawing it.
+        stages: finer metrics along the cascade, by what they are called.
+    """
+
+    record: Record
+    entry: Entry | None
+    anchor: str
+    cells: dict[str, Cell | None]
+    segments: tuple[charts.Segment, ...]
+    outcomes: str
+    true_low: str
+    true_high: str
+    true_span: charts.Span
+    stages: list[tuple[str, Cell]]
+    diagnostics: str
+    hyper: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class BoardView:
+    """One board.
+
+    Attributes:
+        slug: its id in the page and the stem of its files.
+        facts: what to know of the track, as (what, value).
+        protocol: the frozen track as JSON.
+        csv, json: relative paths of the downloads.
+    """
+
+    board: Board
+    slug: str
+    title: str
+    facts: list[tuple[str, str]]
+    protocol: str
+    columns: list[Column]
+    rows: list[Row]
+    apart: list[Row]
+    csv: str
+    json: str
+
+
+def board_view(board: Board, slug: str) -> BoardView:
+    """Prepare one board; `slug` must be safe in a file name."""
+    records = [entry.record for entry in board.entries] + list(board.apart)
+    content = records[0].track.content
+    measured = {name for record in records for name in record.metrics} | {name for name, *_ in _COLUMNS} - {
+        "autoattack"
+    }
+    columns = [Column(*column) for column in _COLUMNS if column[0] in measured]
+    return BoardView(
+        board=board,
+        slug=slug,
+        title=_text(content.get("title")) or board.track_id,
+        facts=list(_facts(content, records)),
+        protocol=json.dumps(content, indent=2, ensure_ascii=False),
+        columns=columns,
+        rows=[_row(entry.record, entry, slug, columns) for entry in board.entries],
+        apart=[_row(record, None, slug, columns) for record in board.apart],
+        csv=f"data/{slug}.csv",
+        json=f"data/{slug}.json",
+    )
+
+
+def _facts(content: dict[str, JsonValue], records: list[Record]) -> Iterator[tuple[str, str]]:
+    threat = content.get("threat")
+    if isinstance(threat, dict):
+        norm, eps = _text(threat.get("norm")), _text(threat.get("eps"))
+        yield "threat", f"{_NORMS.get(norm, norm)}, ε = {eps}"
+    if dataset := _text(content.get("dataset")):
+        yield "data", dataset
+    counts = sorted({record.n for record in records})
+    yield "examples", f"n = {counts[0]:,}" if len(counts) == 1 else f"n = {counts[0]:,} to {counts[-1]:,}"
+
+
+def _text(value: JsonValue) -> str:
+    return str(value) if isinstance(value, str | int | float) else ""
+
+
+def _row(record: Record, entry: Entry | None, slug: str, columns: list[Column]) -> Row:
+    name = re.sub(r"[^a-z0-9-]+", "-", record.defense.name.lower())[:60]
+    anchor = f"{slug}-{name}-{(record.outcomes_sha256 or '')[:8]}{record.checkpoint_sha256[:8]}"
+    low, high = record.true_robust
+    stages = [
+        (f"{'certified by' if kind == 'certified' else 'left after'} {stage}", _cell(metric))
+        for key, metric in record.metrics.items()
+        for kind, _, stage in [key.partition("/")]
+        if stage and kind in ("certified", "robust")
+    ]
+    return Row(
+        record=record,
+        entry=entry,
+        anchor=anchor,
+        cells={c.key: _cell(record.metrics[c.key]) if _measured(record, c.key) else None for c in columns},
+        segments=charts.sandwich(record),
+        outcomes=f"data/outcomes/{anchor}.parquet",
+        true_low=charts.percent(low),
+        true_high=charts.percent(high),
+        true_span=charts.Span(charts.position(low), charts.position(low), charts.position(high)),
+        stages=stages,
+        diagnostics=json.dumps(record.diagnostics, indent=2, ensure_ascii=False) if record.diagnostics else "",
+        hyper=[(key, json.dumps(value, ensure_ascii=False)) for key, value in record.hyper.items()],
+    )
+
+
+def _measured(record: Record, key: str) -> bool:
+    """A certified share of zero says nothing where no bound ran."""
+    return key in record.metrics and (key != "certified" or bool(record.bound_methods))
+
+
+def _cell(metric: Metric) -> Cell:
+    return Cell(
+        number=f"{metric.value:.6f}",
+        value=charts.percent(metric.value),
+        interval=f"[{charts.percent(metric.low)}, {charts.percent(metric.high)}]",
+        span=charts.span(metric),
+    )

@@ -1,0 +1,173 @@
+"""The evaluation on a network whose true robustness is known: a linear one, whose smallest perturbation is a formula."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import robustboard
+from robustboard.attacks import bounds
+from robustboard.attacks.threat import ThreatModel
+from robustboard.bench import operations
+from robustboard.errors import GateError, ModelError
+
+
+def _quadrants():
+    from importlib import util
+    from pathlib import Path
+
+    spec = util.spec_from_file_location("bench_conftest", Path(__file__).with_name("conftest.py"))
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.quadrants(), module.quadrant_weights()
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 4)
+        self.load_state_dict({name: torch.from_numpy(value) for name, value in _quadrants()[1].items()})
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+
+DATA = _quadrants()[0]
+
+
+def _track(**changes):
+    content = {
+        "id": "quadrants-linf@1",
+        "dataset": "arrays",
+        "threat": {"norm": "linf", "eps": "1/20"},
+        "n": 40,
+        "corruptions": {"names": ["gaussian_noise"], "severities": [1, 5]},
+        **changes,
+    }
+    return robustboard.track_from(content)
+
+
+def _true_radius() -> np.ndarray:
+    """The L-inf distance to the decision boundary of each image: half the lead of its quadrant's mean brightness."""
+    images, labels = DATA
+    means = images.reshape(-1, 2, 2, 2, 2).mean(axis=(2, 4)).reshape(-1, 4) / 255
+    own = means[np.arange(len(labels)), labels]
+    means[np.arange(len(labels)), labels] = -np.inf
+    return (own - means.max(axis=1)) / 2
+
+
+@pytest.fixture(scope="module")
+def record():
+    return robustboard.score(Net(), track=_track(), data=DATA)
+
+
+def test_verdicts_are_the_truth(record):
+    """CROWN is exact on a linear network, so every example is settled as its distance to the boundary says."""
+    radius = _true_radius()
+    truth = np.where(radius > 0.05, "certified", "broken")
+    truth[radius <= 0] = "misclassified"
+    by_rank = record.outcomes.set_index("example")["verdict"]
+    from robustboard.attacks.keyed import content_hash
+
+    found = np.array([by_rank[content_hash(image)] for image in DATA[0]])
+    np.testing.assert_array_equal(found, truth)
+    assert set(truth) >= {"certified", "broken"}, "the test data must hold both"
+
+
+def test_the_sandwich_holds(record):
+    values = {name: metric.value for name, metric in record.metrics.items()}
+    assert values["certified"] <= values["robust"] <= values["pgd"] <= values["clean"]
+
+
+def test_the_audit_crosses_what_the_cascade_skipped(record):
+    assert record.audit.broken_bounded == (record.outcomes["verdict"] == "broken").sum()
+    assert record.audit.certified_attacked == min(120, (record.outcomes["verdict"] == "certified").sum())
+    checks = record.audit.broken_bounded + record.audit.certified_attacked
+    assert record.audit.upper_limit == pytest.approx(3 / checks)
+
+
+def test_the_reference_engine_attacks_every_correct_example():
+    reference = robustboard.score(Net(), track=_track(), data=DATA, engine="reference")
+    outcomes = reference.outcomes
+    assert outcomes["autoattack"].notna().equals(outcomes["clean"])
+    assert reference.metrics["autoattack"].value == reference.metrics["robust"].value == (_true_radius() > 0.05).mean()
+
+
+def test_the_cascade_never_claims_autoattack(record):
+    assert "autoattack" not in record.metrics
+    assert record.outcomes["autoattack"].isna().all()
+
+
+def test_verdicts_do_not_depend_on_the_order_of_the_data(record):
+    images, labels = DATA
+    order = np.random.default_rng(1).permutation(len(labels))
+    again = robustboard.score(Net(), track=_track(), data=(images[order], labels[order]))
+    assert again.outcomes.equals(record.outcomes)
+    assert again.track.hash == record.track.hash
+
+
+def _half(certify):
+    return lambda *args, threat, **kw: certify(*args, threat=threat.scaled(Fraction(1, 2)), **kw)
+
+
+def test_the_gate_fires_on_a_verifier_of_half_the_ball(monkeypatch):
+    monkeypatch.setattr(bounds, "certify", _half(bounds.certify))
+    with pytest.raises(GateError, match=r"example.*both certified and broken \(by \S+ and pgd\)"):
+        robustboard.score(Net(), track=_track(), data=DATA)
+
+
+def _wide(pgd):
+    return lambda *args, threat, **kw: pgd(*args, threat=threat.scaled(Fraction(11, 10)), **kw)
+
+
+def test_the_gate_fires_on_an_attack_that_leaves_the_ball(monkeypatch):
+    monkeypatch.setattr(operations, "pgd", _wide(operations.pgd))
+    with pytest.raises(GateError, match="PGD left the linf ball of radius 1/20 on example"):
+        robustboard.score(Net(), track=_track(), data=DATA)
+
+
+def test_the_gate_fires_even_when_the_ball_check_is_wrong_too(monkeypatch):
+    """The bounds do not rely on the ball check: they contradict an example of 1.1 eps by themselves."""
+    contains = ThreatModel.contains
+    monkeypatch.setattr(operations, "pgd", _wide(operations.pgd))
+    monkeypatch.setattr(
+        ThreatModel, "contains", lambda self, found, images: contains(self.scaled(Fraction(11, 10)), found, images)
+    )
+    with pytest.raises(GateError, match="both certified and broken"):
+        robustboard.score(Net(), track=_track(), data=DATA)
+
+
+class NanOnBright(Net):
+    """A model that answers NaN for the perturbed images only."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        bright = (x.flatten(1).amax(1) * 255).frac() > 1e-3
+        return torch.where(bright.view(-1, 1), torch.nan, logits)
+
+
+def test_nan_under_attack_stops_the_run():
+    with pytest.raises(ModelError, match="NaN"):
+        robustboard.score(NanOnBright(), track=_track(), data=DATA)
+
+
+def test_two_classes_run_without_the_attack_that_needs_four():
+    images, labels = DATA
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, x):
+            logits = self.net(x)
+            return torch.stack([logits[:, :2].amax(1), logits[:, 2:].amax(1)], dim=1)
+
+    record = robustboard.score(Two(), track=_track(), data=(images, labels // 2), engine="reference")
+    assert record.outcomes["apgd_t"].isna().all()
+    assert record.outcomes["square"].notna().any()
+    assert "autoattack" not in record.metrics
