@@ -11,6 +11,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from robustboard.attacks.bounded_network import BoundedNetwork
+
 # The coefficients exist for both sides, before and after a layer, split by sign, beside the unfolded slopes (measured).
 _COPIES = 14
 # alpha-CROWN keeps those of every layer for its backward pass, and slopes with their gradient, moments and best values.
@@ -32,18 +36,14 @@ class Need:
         return int(getattr(self, method.replace("-", "_")))
 
 
-def estimate(network: Any, bounded_inputs: list[Any], *, classes: int, itemsize: int, patches: bool) -> Need:
-    """Estimate from above what one example needs.
-
-    Args:
-        network: auto_LiRPA's `BoundedModule`.
-        bounded_inputs: its nodes whose bounds a nonlinear layer asks for.
-        classes: K; bounds are taken of K - 1 margins.
-        itemsize: bytes of a number.
-        patches: whether convolutions are walked in patches mode.
-    """
+def estimate(bounded: BoundedNetwork) -> Need:
+    """Estimate what bounding one example takes; measured peaks lie between a third of it and all of it."""
+    network, classes, patches = bounded.network, bounded.classes, bounded.patches
+    itemsize = torch.finfo(bounded.dtype).bits // 8
     nodes = [node for node in network.modules() if getattr(node, "from_input", False) and _shape(node)]
-    hidden = {node.name for node in bounded_inputs}
+    hidden = {
+        node.inputs[index].name for node in nodes for index in getattr(node, "requires_input_bounds", None) or ()
+    }
     activations = 4 * sum(_size(node) for node in nodes)
     final = network.final_node()
     margins = [(classes - 1) * held for held in _held(nodes, final, patches=False)]

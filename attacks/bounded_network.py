@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,9 +64,9 @@ class BoundedNetwork:
         self.classes = classes
         self._slope = slope
         self._shape = tuple(example.shape[1:])
-        self._dtype = example.dtype
+        self.dtype, self.device = example.dtype, example.device
         try:
-            view = _shared_view(model)
+            view = shared_view(model)
             self.normalisation, core = split_normalisation(view, self._shape[0])
             with self._working():
                 # Drawn, not zero: torch's tracer may not merge the example with a constant of the model.
@@ -73,12 +74,12 @@ class BoundedNetwork:
                 probe = torch.rand(3, *self._shape, generator=generator).to(example)
                 self.network = self._build(core, probe[:1])
                 _share_buffers(self.network, core)
+                _separate_examples(self.network)
                 self._check_same_function(view, probe)
         except BoundsError:
             raise
         except Exception as error:  # whatever the model's code or auto_LiRPA raises becomes one sentence
             raise BoundsError(f"auto_LiRPA cannot bound this network: {first_line(error)}.") from error
-        self._bounded_inputs = _inputs_needing_bounds(self.network)
 
     def margins(
         self,
@@ -107,27 +108,31 @@ class BoundedNetwork:
             # auto_LiRPA sets `param.requires_grad` from the node's mode: let it set what is already there.
             if isinstance(getattr(node, "param", None), nn.Parameter):
                 node.training = node.param.requires_grad
-        low, high = self.normalisation.box(lower.to(self._dtype), upper.to(self._dtype))
+        low, high = self.normalisation.box(lower.to(self.dtype), upper.to(self.dtype))
         inputs, specification = self._perturbed(low, high, ball), self._specification(labels)
         with self._working():
             if method == "ibp":
                 return self._compute(inputs, specification, "IBP")
             if method == "crown-ibp":
                 return self._compute(inputs, specification, "CROWN-IBP")
+            self._first_layer_by_intervals(allowed=ball is None)
             if method == "crown":
-                return self._crown(inputs, specification, forward_first_layer=ball is None)
-            return self._alpha_crown(inputs, specification, iterations, forward_first_layer=ball is None)
+                return self._compute(inputs, specification, "CROWN")
+            return self._alpha_crown(inputs, specification, iterations)
 
     def scatter(self, margins: Tensor, labels: Tensor) -> Tensor:
         """Margins (N, K - 1) as (N, K), with +inf at the label."""
         full = margins.new_full((len(labels), self.classes), torch.inf)
         return full.scatter(1, self._others(labels), margins)
 
+    @property
+    def patches(self) -> bool:
+        """Whether convolutions are bounded in patches mode; it takes feature maps for square without asking."""
+        return self._shape[1] == self._shape[2]
+
     def _build(self, core: nn.Module, probe: Tensor) -> Any:
-        square = self._shape[1] == self._shape[2]
         options = {
-            # Patches mode takes feature maps for square without asking.
-            "conv_mode": "patches" if square else "matrix",
+            "conv_mode": "patches" if self.patches else "matrix",
             # The releases read the slope under different names, and each ignores the other's.
             "relu": "same-slope" if self._slope == "same" else "adaptive",
             "activation_bound_option": "same-slope" if self._slope == "same" else "adaptive",
@@ -145,7 +150,7 @@ class BoundedNetwork:
     def _check_same_function(self, view: nn.Module, probe: Tensor) -> None:
         with torch.no_grad():
             expected = view(probe)
-            seen = self.network(self.normalisation.apply(probe).to(self._dtype))
+            seen = self.network(self.normalisation.apply(probe).to(self.dtype))
         if expected.shape != (len(probe), self.classes):
             raise BoundsError(
                 f"The network gives logits of shape {tuple(expected.shape)} for {len(probe)} images and "
@@ -160,7 +165,7 @@ class BoundedNetwork:
         if ball is None:
             perturbation = package.PerturbationLpNorm(norm=torch.inf, eps=None, x_L=low, x_U=high)
             return package.BoundedTensor((low + high) / 2, perturbation)
-        centre = self.normalisation.apply(ball.centre).to(self._dtype)
+        centre = self.normalisation.apply(ball.centre).to(self.dtype)
         # In normalised coordinates an L2 ball is an ellipsoid with one half-axis a channel.
         half_axes = (self.normalisation.scale.abs() * ball.eps).to(centre)
         half_axes = torch.nextafter(half_axes, torch.full_like(half_axes, torch.inf)).view(-1, 1, 1)
@@ -171,46 +176,21 @@ class BoundedNetwork:
         return index + (index >= labels[:, None]).long()
 
     def _specification(self, labels: Tensor) -> Tensor:
-        identity = torch.eye(self.classes, dtype=self._dtype, device=labels.device)
+        identity = torch.eye(self.classes, dtype=self.dtype, device=labels.device)
         return identity[labels].unsqueeze(1) - identity[self._others(labels)]
 
-    def _compute(self, inputs: Any, specification: Tensor, method: str, **references: Any) -> Tensor:
-        lower, _ = self.network.compute_bounds(
-            x=(inputs,), C=specification, method=method, bound_upper=False, **references
-        )
+    def _compute(self, inputs: Any, specification: Tensor, method: str) -> Tensor:
+        lower, _ = self.network.compute_bounds(x=(inputs,), C=specification, method=method, bound_upper=False)
         return cast("Tensor", lower)
 
-    def _crown(self, inputs: Any, specification: Tensor, *, forward_first_layer: bool) -> Tensor:
-        self._first_layer_by_intervals(forward_first_layer)
-        return self._compute(inputs, specification, "CROWN", **self._references(inputs, specification))
-
-    def _references(self, inputs: Any, specification: Tensor) -> dict[str, Any]:
-        """Plain interval bounds of every hidden layer, which CROWN's are intersected with.
-
-        auto_LiRPA bounds a neuron by CROWN only if some example of the batch needs it, by intervals derived from CROWN's
-        bounds otherwise. Referring to plain intervals instead makes every example's bound independent of its batch.
-        """
-        if self._slope == "same":
-            return {}
-        with torch.no_grad():
-            self._compute(inputs, specification, "IBP")
-        bounds = {
-            node.name: [node.lower.detach(), node.upper.detach()]
-            for node in self._bounded_inputs
-            if isinstance(getattr(node, "lower", None), Tensor) and node.perturbed
-        }
-        return {"reference_bounds": bounds, "aux_reference_bounds": dict(bounds)}
-
-    def _alpha_crown(
-        self, inputs: Any, specification: Tensor, iterations: int, *, forward_first_layer: bool
-    ) -> Tensor:
-        self._first_layer_by_intervals(forward_first_layer)
-        budget = {"iteration": iterations, "early_stop_patience": iterations + 1, **ALPHA}
+    def _alpha_crown(self, inputs: Any, specification: Tensor, iterations: int) -> Tensor:
+        # Patience counts iterations in which no example of the batch improved: it would couple the examples.
+        budget = {"iteration": iterations, "early_stop_patience": iterations + 1}
         self.network.set_bound_opts({"optimize_bound_args": budget})
         with torch.enable_grad():
-            return self._compute(inputs, specification, "CROWN-Optimized", **self._references(inputs, specification)).detach()
+            return self._compute(inputs, specification, "CROWN-Optimized").detach()
 
-    def _first_layer_by_intervals(self, allowed: bool) -> None:
+    def _first_layer_by_intervals(self, *, allowed: bool) -> None:
         # For a box the interval bound of a first affine layer is exact; for a ball the linear one is tighter.
         self.network.__dict__.pop("check_IBP_first_linear", None)
         if not allowed:
@@ -220,14 +200,12 @@ class BoundedNetwork:
     def _working(self) -> Iterator[None]:
         # auto_LiRPA creates tensors without naming a type, so a float64 network needs float64 as torch's default.
         before = torch.get_default_dtype()
-        torch.set_default_dtype(self._dtype)
+        torch.set_default_dtype(self.dtype)
         try:
             with lirpa_compat.quiet():
                 yield
         finally:
             torch.set_default_dtype(before)
-
-ALPHA: dict[str, Any] = {}
 
 def first_line(error: BaseException) -> str:
     """The kind and first line of an error, without a full stop."""
@@ -235,7 +213,7 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
 
 
-def _shared_view(model: nn.Module) -> nn.Module:
+def shared_view(model: nn.Module) -> nn.Module:
     """A copy of the module tree, in eval mode and without dropout, on the model's own parameters and buffers."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     for module in model.modules():
@@ -257,9 +235,23 @@ def _share_buffers(network: Any, core: nn.Module) -> None:
             node.buffer = live[node.ori_name]
 
 
-def _inputs_needing_bounds(network: Any) -> list[Any]:
-    nodes = {}
-    for node in network.modules():
-        for index in getattr(node, "requires_input_bounds", None) or []:
-            nodes[node.inputs[index].name] = node.inputs[index]
-    return list(nodes.values())
+def _separate_examples(network: Any) -> None:
+    """Make the bounds of hidden neurons independent of the rest of the batch.
+
+    auto_LiRPA bounds a neuron by CROWN when it is unstable for any example of the batch, and keeps the interval bound, its
+    reference, otherwise. Here each example for which the interval bound says that the neuron is stable keeps that bound,
+    whatever the others do.
+    """
+    restore = network.restore_sparse_bounds
+    signature = inspect.signature(restore)
+    if "ref_intermediate_lb" not in signature.parameters:
+        return
+
+    def restore_each(*args: Any, **kwargs: Any) -> None:
+        restore(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        node, low, high = given["node"], given["ref_intermediate_lb"].detach(), given["ref_intermediate_ub"].detach()
+        stable = (low >= 0) | (high <= 0)
+        node.lower, node.upper = torch.where(stable, low, node.lower), torch.where(stable, high, node.upper)
+
+    network.__dict__["restore_sparse_bounds"] = restore_each

@@ -36,7 +36,7 @@ def load() -> types.ModuleType:
     """
     mend_before_import()
     try:
-        with quiet(), _root_handlers_kept():
+        with quiet(), _logs_kept():
             package = importlib.import_module("auto_LiRPA")
     except ImportError as error:
         if error.name == "auto_LiRPA":
@@ -172,14 +172,16 @@ class _TorchWithInclusiveClamp(types.ModuleType):
 
 
 @contextlib.contextmanager
-def _root_handlers_kept() -> Iterator[None]:
-    # The import calls `logging.basicConfig(stream=sys.stdout)`: every program's log would go to its standard output.
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
+def _logs_kept() -> Iterator[None]:
+    # The import calls `logging.basicConfig(stream=sys.stdout)`: every program's log would go to its standard output. It
+    # also imports torch's extension builder, which warns on machines without a GPU.
+    root, builder = logging.getLogger(), logging.getLogger("torch.utils.cpp_extension")
+    handlers, level, builder_level = list(root.handlers), root.level, builder.level
+    builder.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for handler in list(root.handlers):
-            if handler not in before:
-                root.removeHandler(handler)
+        for handler in [handler for handler in root.handlers if handler not in handlers]:
+            root.removeHandler(handler)
         root.setLevel(level)
+        builder.setLevel(builder_level)

@@ -71,7 +71,7 @@ def split_normalisation(model: nn.Module, channels: int) -> tuple[ChannelAffine,
     try:
         graph = _Tracer().trace(model)
         affine, end = _leading_affine(model, graph, nothing)
-        if end is None or affine.is_identity:
+        if end is None:
             return nothing, model
         rest = _after(model, graph, end)
     except Exception:  # tracing runs the model's own code: whatever it raises, the whole model is bounded as it is

@@ -67,9 +67,7 @@ def _attack_the_certified(examiner: Examiner, verdicts: Verdicts, audit: Audit) 
     attacks = autoattack.applicable(examiner.examples.classes)
     for attack in attacks:
         examiner.progress.begin(f"audit: {attack}", int(alive.sum()) * REFERENCE_FORWARDS[attack])
-        for shard, rows in examiner.shards(alive.copy()):
-            found = examiner.autoattack("audit", attack, rows)
-            broken = examiner.confirm("audit", attack, shard, rows, found)
+        for rows, broken, _ in examiner.autoattack("audit", attack, alive.copy()):
             for row in rows[broken]:
                 audit.contradictions.append(Contradiction(int(row), verdicts.certified_by[row] or "", attack))
             alive[rows[broken]] = False

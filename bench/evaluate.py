@@ -120,12 +120,13 @@ def _autoattack(examiner: Examiner, verdicts: Verdicts, engine: Engine) -> None:
     attacks = autoattack.applicable(examiner.examples.classes)
     alive = verdicts.open if engine == "cascade" else verdicts.clean.copy()
     for attack in attacks:
+        before = alive.mean()
         examiner.progress.begin(f"AutoAttack: {attack}", int(alive.sum()) * REFERENCE_FORWARDS[attack])
-        for shard, rows in examiner.shards(alive.copy()):
-            found = examiner.autoattack("autoattack", attack, rows)
-            broken = examiner.confirm("autoattack", attack, shard, rows, found)
+        for rows, broken, found in examiner.autoattack("autoattack", attack, alive.copy()):
             verdicts.attacked(attack, rows, broken, found)
             alive[rows[broken]] = False
+        if attack == "square":
+            examiner.warnings += autoattack.square_gain(before=float(before), after=float(alive.mean()))
     # With fewer than four classes the reference code cannot run APGD-T, so what ran is not AutoAttack.
     if engine == "reference" and attacks == autoattack.STAGES:
         correct = np.flatnonzero(verdicts.clean)

@@ -89,7 +89,7 @@ class Examiner:
         """Ask the reference engine's own checks about the first shard; what they say goes to `warnings`."""
         first = slice(0, self.track.batch_size)
         settings = {"classes": self.examples.classes, "batch_size": self.track.batch_size}
-        arrays = {"images": self.images[first], "labels": self.labels[first]}
+        arrays: dict[str, Array] = {"images": self.images[first], "labels": self.labels[first]}
         self.warnings += self._call("check", "reference_checks", settings, arrays).values["warnings"]
 
     def predict(self, stage: str, images: Floats) -> npt.NDArray[np.int64]:
@@ -123,8 +123,24 @@ class Examiner:
         }
         return self._perturbed(self._call(stage, "pgd", settings, self._rows(rows), bar=True), rows)
 
-    def autoattack(self, stage: str, attack: str, rows: Rows) -> Floats:
-        """The perturbed images of one of the reference engine's attacks for `rows` of one shard."""
+    def autoattack(self, stage: str, attack: str, wanted: Flags) -> Iterator[tuple[Rows, Flags, Floats]]:
+        """One of the reference engine's attacks on the rows that are wanted.
+
+        The reference code draws by batch, so it is given the track's full batches, less what is not wanted.
+
+        Yields:
+            Rows of one shard, which of them are broken, and their perturbed images.
+        """
+        found = self.images.copy()
+        for begin in range(0, len(self.labels), self.track.batch_size):
+            batch = self.examples.draws[begin : begin + self.track.batch_size]
+            rows = batch[wanted[batch]]
+            if len(rows):
+                found[rows] = self._reference_batch(stage, attack, rows)
+        for shard, rows in self.shards(wanted):
+            yield rows, self.confirm(stage, attack, shard, rows, found[rows]), found[rows]
+
+    def _reference_batch(self, stage: str, attack: str, rows: Rows) -> Floats:
         settings = {
             **self._threat_settings(),
             "stage": attack,

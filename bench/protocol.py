@@ -52,6 +52,7 @@ class Examples:
         labels: (N,), int64.
         hashes: the content hash of every image.
         order: (N,), where each stands in the data set's test part.
+        draws: (N,), the rows in the order in which an attack that draws by batch takes them.
         classes: the number of classes K.
         class_names: what they are called.
     """
@@ -60,6 +61,7 @@ class Examples:
     labels: Labels
     hashes: tuple[str, ...]
     order: Labels
+    draws: Labels
     classes: int
     class_names: tuple[str, ...]
 
@@ -188,6 +190,9 @@ def select(track: Track, dataset: Dataset) -> Examples:
         test.labels[order],
         tuple(test.hashes[place] for place in order),
         order,
+        # Copies of a named data set differ in their order, so that the hash decides. The caller's file is the data set
+        # itself: there the reference attack draws as it does when it is run on the file directly.
+        np.argsort(order) if dataset.name == ARRAYS else np.arange(len(order)),
         dataset.classes,
         dataset.class_names,
     )

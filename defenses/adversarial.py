@@ -17,9 +17,8 @@ from robustboard.attacks.fgsm import fgsm
 from robustboard.attacks.pgd import ascend
 from robustboard.attacks.threat import ThreatModel
 from robustboard.defenses.adapter import Claim, DefenseCard, TrainingData
-from robustboard.defenses.architectures import default_for
 from robustboard.defenses.batches import Batch
-from robustboard.defenses.training import GradientDefense, Objective, Recipe, epochs_for, evaluating
+from robustboard.defenses.training import GradientDefense, Objective, Recipe, evaluating, sized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +95,7 @@ class FgsmTraining(GradientDefense[FgsmHyper]):
         """As many epochs as PGD-AT has."""
         del threat
         return FgsmHyper(
-            architecture=default_for(data.image_shape),
-            epochs=epochs_for(data, examples=300_000, most=60),
-            augment=data.image_shape[0] == 3,
+            **sized(data, examples=300_000),
         )
 
     def objective(self, model: nn.Module, hyper: FgsmHyper, data: TrainingData, threat: ThreatModel) -> Objective:
@@ -143,9 +140,7 @@ class PgdTraining(GradientDefense[PgdHyper]):
     def defaults(self, data: TrainingData, threat: ThreatModel) -> PgdHyper:
         """Seven steps (the paper's number for CIFAR-10) that can cross the ball."""
         return PgdHyper(
-            architecture=default_for(data.image_shape),
-            epochs=epochs_for(data, examples=300_000, most=60),
-            augment=data.image_shape[0] == 3,
+            **sized(data, examples=300_000),
             steps=7,
             step_size=threat.radius / 4,
         )
@@ -197,9 +192,7 @@ class Trades(GradientDefense[TradesHyper]):
     def defaults(self, data: TrainingData, threat: ThreatModel) -> TradesHyper:
         """PGD-AT's steps and epochs, and the paper's beta."""
         return TradesHyper(
-            architecture=default_for(data.image_shape),
-            epochs=epochs_for(data, examples=300_000, most=60),
-            augment=data.image_shape[0] == 3,
+            **sized(data, examples=300_000),
             steps=7,
             step_size=threat.radius / 4,
         )

@@ -89,7 +89,7 @@ def names() -> tuple[str, ...]:
 def default_for(image_shape: Shape) -> str:
     """The network that the methods here use unless they are told another: one that two CPU cores can train."""
     channels, height, width = image_shape
-    return "mlp-100-50" if channels == 1 and height * width <= 256 else "cnn-small"
+    return "mlp-256-128" if channels == 1 and height * width <= 256 else "cnn-small"
 
 
 def channel_statistics(images: Tensor) -> Normalize:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,9 +44,12 @@ class CheckpointStore:
         """The last state kept under `name`, tensors on the CPU; None if there is none, or it is damaged."""
         if self._folder is None:
             return None
+        path = self._folder / f"{name}.pt"
+        if not path.is_file():
+            return None
         try:
-            state = torch.load(self._folder / f"{name}.pt", map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # damage surfaces as any of a dozen kinds of error; all mean that there is no usable state
             return None
         return state if isinstance(state, dict) else None
 

@@ -16,9 +16,8 @@ from torch.nn import functional
 from robustboard.attacks.bounded_network import BoundedNetwork
 from robustboard.attacks.threat import ThreatModel
 from robustboard.defenses.adapter import Claim, DefenseCard, TrainingData
-from robustboard.defenses.architectures import default_for
 from robustboard.defenses.batches import Batch
-from robustboard.defenses.training import GradientDefense, Objective, Recipe, device_of, epochs_for
+from robustboard.defenses.training import GradientDefense, Objective, Recipe, device_of, sized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +119,7 @@ class Ibp(GradientDefense[IbpHyper]):
         """Interval steps cost three clean ones, so there are more of them than PGD-AT has."""
         del threat
         return IbpHyper(
-            architecture=default_for(data.image_shape),
-            epochs=epochs_for(data, examples=700_000, most=80),
-            augment=data.image_shape[0] == 3,
+            **sized(data, examples=700_000),
         )
 
     def unsuited(self, data: TrainingData, threat: ThreatModel) -> str | None:
@@ -176,9 +173,7 @@ class CrownIbp(GradientDefense[CrownIbpHyper]):
         """A short ramp: linear bounds cost thirty clean steps, and cost nothing once beta is zero."""
         del threat
         return CrownIbpHyper(
-            architecture=default_for(data.image_shape),
-            epochs=epochs_for(data, examples=700_000, most=80),
-            augment=data.image_shape[0] == 3,
+            **sized(data, examples=700_000),
             ramp=0.2,
         )
 

@@ -7,9 +7,8 @@ from torch.nn import functional
 
 from robustboard.attacks.threat import ThreatModel
 from robustboard.defenses.adapter import DefenseCard, TrainingData
-from robustboard.defenses.architectures import default_for
 from robustboard.defenses.batches import Batch
-from robustboard.defenses.training import GradientDefense, Objective, Recipe, epochs_for
+from robustboard.defenses.training import GradientDefense, Objective, Recipe, sized
 
 
 class Standard(GradientDefense[Recipe]):
@@ -30,9 +29,7 @@ class Standard(GradientDefense[Recipe]):
         """A few epochs, whatever the radius."""
         del threat
         return Recipe(
-            architecture=default_for(data.image_shape),
-            epochs=epochs_for(data, examples=300_000, most=60),
-            augment=data.image_shape[0] == 3,
+            **sized(data, examples=300_000),
         )
 
     def objective(self, model: nn.Module, hyper: Recipe, data: TrainingData, threat: ThreatModel) -> Objective:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from robustboard.errors import SubmissionError
@@ -238,9 +239,8 @@ def _import_file(file: Path) -> ModuleType:
 def _read_weights(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
+            tensors: dict[str, Tensor] = load_file(file)
+            return tensors
         if file.suffix == ".npz":
             with np.load(file, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}

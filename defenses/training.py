@@ -12,7 +12,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from robustboard.attacks.keyed import derive_seed
 from robustboard.attacks.threat import ThreatModel
 from robustboard.defenses.adapter import CheckpointStore, Defense, Progress, Split, TrainingData
-from robustboard.defenses.architectures import build, channel_statistics
+from robustboard.defenses.architectures import build, channel_statistics, default_for
 from robustboard.defenses.batches import Batch, epoch_batches
 from robustboard.errors import DefenseError
 
@@ -117,9 +117,30 @@ def fresh_model(architecture: str, data: TrainingData, *, seed: int) -> nn.Seque
     )
 
 
-def epochs_for(data: TrainingData, *, examples: int, most: int) -> int:
-    """How many epochs show the network about `examples` images, between 2 and `most`."""
-    return min(most, max(2, round(examples / max(1, len(data.train)))))
+class Sized(TypedDict):
+    """The part of a recipe that follows from the data set."""
+
+    architecture: str
+    epochs: int
+    lr: float
+    augment: bool
+
+
+def sized(data: TrainingData, *, examples: int) -> Sized:
+    """A recipe that two CPU cores can follow, for any data set.
+
+    Args:
+        data: its image shape chooses the network; colour images are augmented.
+        examples: about how many images the network should see; the number of epochs stays between 2 and 100.
+    """
+    architecture = default_for(data.image_shape)
+    return Sized(
+        architecture=architecture,
+        epochs=min(100, max(2, round(examples / max(1, len(data.train))))),
+        # A perceptron on small images takes larger steps than a convolutional network.
+        lr=5e-3 if architecture.startswith("mlp") else 2e-3,
+        augment=data.image_shape[0] == 3,
+    )
 
 
 def train(

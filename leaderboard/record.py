@@ -57,6 +57,9 @@ RECORD_FILE = "record.json"
 OUTCOMES_FILE = "outcomes.parquet"
 
 _NEXT_FILE = "outcomes.next.parquet"
+# Not called record.json, so that nobody takes what a killed process left behind for a result.
+_STAGED_RECORD = "record.next.json"
+_STAGING = ".saving-"
 _LARGEST_RECORD = 4 << 20
 _LARGEST_OUTCOMES = 256 << 20
 
@@ -144,9 +147,11 @@ def _commit(record: Record, folder: Path) -> None:
     The new table waits under a name of its own; replacing record.json, whose hash names the new table, is the moment
     the result changes; then the table takes its place. `_read_outcomes` looks at both names.
     """
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    for abandoned in folder.glob(f"{_STAGING}*"):
+        shutil.rmtree(abandoned)
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
     try:
-        for name, content in ((_NEXT_FILE, record.outcomes_parquet), (RECORD_FILE, record.to_json().encode())):
+        for name, content in ((_NEXT_FILE, record.outcomes_parquet), (_STAGED_RECORD, record.to_json().encode())):
             with (staging / name).open("wb") as file:
                 file.write(content)
                 file.flush()
@@ -154,7 +159,7 @@ def _commit(record: Record, folder: Path) -> None:
         _settle(folder)
         (staging / _NEXT_FILE).replace(folder / _NEXT_FILE)
         _sync(folder)
-        (staging / RECORD_FILE).replace(folder / RECORD_FILE)
+        (staging / _STAGED_RECORD).replace(folder / RECORD_FILE)
         _sync(folder)
         (folder / _NEXT_FILE).replace(folder / OUTCOMES_FILE)
         _sync(folder)

@@ -12,7 +12,6 @@ import hashlib
 import re
 import shutil
 import tempfile
-import unicodedata
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -29,8 +28,11 @@ from robustboard.leaderboard.record import Record
 from robustboard.leaderboard.views import BoardView, board_view
 
 _GENERATOR: Final = '<meta name="generator" content="RobustBoard">'
-# Characters that reorder the text around them (Trojan Source), and control characters but tab and newline.
-_DISRUPTIVE: Final = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# Characters that reorder the text around them (Trojan Source), control characters but tab and newline, and lone
+# surrogates, which cannot be encoded.
+_DISRUPTIVE: Final = re.compile(
+    "[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]"
+)
 
 
 def build_site(records: Iterable[Record], out: Path, *, title: str = "RobustBoard") -> Path:
@@ -48,6 +50,7 @@ def build_site(records: Iterable[Record], out: Path, *, title: str = "RobustBoar
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
+            # One level down: mkdtemp makes its folder private to this user, and a site is for everybody.
             fresh = staging / "site"
             for name, content in files.items():
                 path = fresh / name
@@ -101,7 +104,7 @@ def _page(views: Sequence[BoardView], title: str) -> bytes:
         script_hash=_source_hash(script),
         views=views,
         layers=charts.LAYERS,
-        significance=charts.percent(SIGNIFICANCE),
+        significance=f"{100 * SIGNIFICANCE:g}",
         defenses=len(defenses),
     )
     return page.encode()
@@ -111,9 +114,7 @@ def _inert(value: Any) -> Any:
     """Show characters that would disturb the text around them as replacement characters."""
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    # A lone surrogate is not a character at all and could not be encoded.
-    whole = "".join("\ufffd" if unicodedata.category(letter) == "Cs" else letter for letter in value)
-    return _DISRUPTIVE.sub("\ufffd", whole)
+    return _DISRUPTIVE.sub("\ufffd", value)
 
 
 def _source_hash(source: str) -> str:
@@ -155,7 +156,6 @@ def _check_target(out: Path) -> None:
 
 def _swap(fresh: Path, out: Path, old: Path) -> None:
     """Put `fresh` where `out` is; if that fails, what was there comes back."""
-    # mkdtemp made the parent private to this user; the site itself gets the ordinary mode of a folder.
     if not out.exists():
         fresh.rename(out)
         return

@@ -155,7 +155,10 @@ def _row(record: Record, entry: Entry | None, slug: str, columns: list[Column]) 
         true_span=charts.Span(charts.position(low), charts.position(low), charts.position(high)),
         stages=stages,
         diagnostics=json.dumps(record.diagnostics, indent=2, ensure_ascii=False) if record.diagnostics else "",
-        hyper=[(key, json.dumps(value, ensure_ascii=False)) for key, value in record.hyper.items()],
+        hyper=[
+            (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            for key, value in record.hyper.items()
+        ],
     )
 
 

@@ -106,8 +106,8 @@ def test_verdicts_do_not_depend_on_the_order_of_the_data(record):
     images, labels = DATA
     order = np.random.default_rng(1).permutation(len(labels))
     again = robustboard.score(Net(), track=_track(), data=(images[order], labels[order]))
-    assert again.outcomes.equals(record.outcomes)
-    assert again.track.hash == record.track.hash
+    by_content = [one.outcomes.sort_values("example", ignore_index=True).drop(columns="index") for one in (again, record)]
+    assert by_content[0].equals(by_content[1])
 
 
 def _half(certify):
@@ -151,7 +151,7 @@ class NanOnBright(Net):
 
 
 def test_nan_under_attack_stops_the_run():
-    with pytest.raises(ModelError, match="NaN"):
+    with pytest.raises(ModelError, match="not finite"):
         robustboard.score(NanOnBright(), track=_track(), data=DATA)
 
 

@@ -110,7 +110,7 @@ def content(outcomes: pd.DataFrame, *, name: str = "pgd-at", **changes: Any) -> 
     } | changes
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_table() -> Callable[..., pd.DataFrame]:
     """See `table`."""
     return table

@@ -33,11 +33,11 @@ def test_make_targets_exist(document):
 
 
 def _command_lines() -> list[tuple[str, str]]:
-    lines = []
-    for document in DOCUMENTS:
-        for line in re.findall(r"^    robustboard (.+)$", document.read_text(), flags=re.MULTILINE):
-            lines.append((_ids(document), line.split("#")[0].strip()))
-    return lines
+    return [
+        (_ids(document), line.split("#")[0].strip())
+        for document in DOCUMENTS
+        for line in re.findall(r"^    robustboard (.+)$", document.read_text(), flags=re.MULTILINE)
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ if "robustboard.bench.worker" in sys.orig_argv:
 
     _certify = bounds.certify
 
-    def certify(*args, threat, **kwargs):  # noqa: ANN202, ANN001, ANN002, ANN003, D103
+    def certify(*args, threat, **kwargs):
         return _certify(*args, threat=threat.scaled(Fraction(1, 2)), **kwargs)
 
     bounds.certify = certify

@@ -8,7 +8,7 @@ if "robustboard.bench.worker" in sys.orig_argv:
 
     _pgd = operations.pgd
 
-    def pgd(*args, threat, **kwargs):  # noqa: ANN202, ANN001, ANN002, ANN003, D103
+    def pgd(*args, threat, **kwargs):
         return _pgd(*args, threat=threat.scaled(Fraction(11, 10)), **kwargs)
 
     operations.pgd = pgd

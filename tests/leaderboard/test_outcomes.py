@@ -1,0 +1,133 @@
+"""The outcome table: what the schema refuses, and that what it accepts survives the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from robustboard.errors import RecordError
+from robustboard.leaderboard.outcomes import (
+    check_outcomes,
+    contradictions,
+    corruption_columns,
+    from_parquet,
+    to_parquet,
+    verdicts,
+)
+
+Table = Callable[..., pd.DataFrame]
+
+
+def first(frame: pd.DataFrame, verdict: str) -> int:
+    return int(np.flatnonzero(frame["verdict"] == verdict)[0])
+
+
+def set_at(frame: pd.DataFrame, kind: str, /, **values: object) -> pd.DataFrame:
+    row = first(frame, kind)
+    for column, value in values.items():
+        frame.loc[row, column] = value
+    return frame
+
+
+def test_a_consistent_table_is_accepted(make_table: Table) -> None:
+    for reference in (False, True):
+        frame = make_table(reference=reference)
+        check_outcomes(frame)
+        assert set(frame["verdict"]) == {"misclassified", "broken", "certified", "undecided"}
+
+
+BROKEN_TABLES: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
+    "no rows": (lambda f: f.iloc[:0], "no rows"),
+    "missing column": (lambda f: f.drop(columns="pgd"), "lacks the column pgd"),
+    "unknown column": (lambda f: f.assign(corruption_fog=True), "unknown column 'corruption_fog'"),
+    "severity zero": (lambda f: f.assign(**{"corruption/fog/0": True}), "unknown column"),
+    "wrong integer": (lambda f: f.assign(label=f["label"].astype("int32")), "'label' must be int64, not int32"),
+    "floats for flags": (lambda f: f.assign(clean=f["clean"].astype(float)), "'clean' must be bool"),
+    "plain bools for an attack": (lambda f: f.assign(pgd=True), "'pgd' must be nullable boolean"),
+    "null corruption": (
+        lambda f: f.assign(**{"corruption/contrast/1": pd.array([pd.NA] * len(f), dtype="boolean")}),
+        "'corruption/contrast/1' must be bool",
+    ),
+    "duplicate index": (lambda f: f.assign(index=np.int64(3)), "index 3 stands for two rows"),
+    "negative label": (lambda f: f.assign(label=np.int64(-1)), "must not be negative"),
+    "not a hash": (lambda f: f.assign(example="<script>"), "not a content hash"),
+    "infinite margin": (lambda f: set_at(f, "certified", margin_lower=np.inf), "margin_lower is infinite"),
+    "wrong verdict": (lambda f: set_at(f, "undecided", verdict="certified"), "a verdict that does not follow"),
+    "unheard-of verdict": (lambda f: set_at(f, "undecided", verdict="fine"), "a verdict that does not follow"),
+    "certified and broken": (lambda f: set_at(f, "certified", pgd=False), "both certified and broken"),
+    "attacked though misclassified": (lambda f: set_at(f, "misclassified", pgd=True), "misclassified yet attacked"),
+    "certified though misclassified": (
+        lambda f: set_at(f, "misclassified", certified=True, certified_by="ibp"),
+        "misclassified yet certified",
+    ),
+    "certified by nobody": (lambda f: set_at(f, "certified", certified_by=pd.NA), "certified_by must be set exactly"),
+    "certifier of an undecided one": (lambda f: set_at(f, "undecided", certified_by="ibp"), "certified_by must be set"),
+    "markup for a method": (lambda f: set_at(f, "certified", certified_by="<b>"), "no method's name"),
+    "certified at margin zero": (lambda f: set_at(f, "certified", margin_lower=0.0), "without a positive margin"),
+    "broken by nobody": (lambda f: set_at(f, "broken", broken_by=pd.NA), "broken_by must name the first"),
+    "broken by another": (lambda f: set_at(f, "broken", broken_by="square"), "broken_by must name the first"),
+    "breaker of an unbroken one": (lambda f: set_at(f, "undecided", broken_by="pgd"), "broken_by must name the first"),
+    "skipped an attack": (lambda f: set_at(f, "undecided", square=pd.NA), "undecided although square ran on others"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_TABLES)
+def test_a_contradictory_table_is_refused_in_one_sentence(case: str, make_table: Table) -> None:
+    spoil, words = BROKEN_TABLES[case]
+    with pytest.raises(RecordError) as caught:
+        check_outcomes(spoil(make_table()))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_at_most_five_contradicting_examples_are_named(make_table: Table) -> None:
+    frame = make_table()
+    certified = frame["certified"].to_numpy()
+    frame.loc[certified, "pgd"] = False
+    assert contradictions(frame) == frame.loc[certified, "example"].tolist()
+    with pytest.raises(RecordError, match=rf"and {certified.sum() - 5} more are both certified and broken"):
+        check_outcomes(frame)
+
+
+def test_no_corruption_and_no_bounds_make_a_valid_table(make_table: Table) -> None:
+    frame = make_table(proven=0.0)
+    check_outcomes(frame[[column for column in frame if not column.startswith("corruption/")]])
+
+
+def test_parquet_returns_the_same_table_with_its_dtypes(make_table: Table) -> None:
+    frame = make_table()
+    back = from_parquet(to_parquet(frame))
+    check_outcomes(back)
+    pd.testing.assert_frame_equal(back[list(frame)], frame)
+
+
+def test_columns_that_are_all_null_survive_parquet(make_table: Table) -> None:
+    frame = make_table(clean=0.0, hold=0.0, proven=0.0)
+    back = from_parquet(to_parquet(frame))
+    check_outcomes(back)
+    assert back["pgd"].isna().all()
+
+
+def test_equal_tables_give_equal_bytes_whatever_their_order(make_table: Table) -> None:
+    frame = make_table()
+    shuffled = frame.sample(frac=1, random_state=1)[list(reversed(frame.columns))]
+    assert to_parquet(shuffled) == to_parquet(frame)
+
+
+def test_severities_are_ordered_as_numbers(make_table: Table) -> None:
+    frame = make_table().assign(**{"corruption/fog/10": True, "corruption/fog/9": True})
+    assert corruption_columns(frame)["fog"] == ["corruption/fog/9", "corruption/fog/10"]
+
+
+def test_damaged_parquet_is_one_sentence(make_table: Table) -> None:
+    for content in (b"", b"not parquet", to_parquet(make_table())[:-50]):
+        with pytest.raises(RecordError, match="cannot be read as Parquet"):
+            from_parquet(content)
+
+
+def test_a_break_outranks_a_certificate_in_the_verdict() -> None:
+    frame = pd.DataFrame({"clean": [True], "certified": [True], "pgd": pd.array([False], dtype="boolean")})
+    assert verdicts(frame).tolist() == ["broken"]
