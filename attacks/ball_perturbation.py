@@ -1,8 +1,8 @@
 """An L2 ball as a perturbation for auto_LiRPA: bounded by its dual norm and by a box around it, whichever is tighter.
 
-auto_LiRPA's own L2 perturbation ignores the pixel box, and its interval arithmetic takes every layer but a convolution or
-a linear one for a point (the interval of a ball is stored as [x, x]). Here the interval is the box, which is sound for every
-layer, and linear bounds use `a.x +- |half_axes * a|_2` where that is the tighter one.
+auto_LiRPA's own L2 perturbation ignores the pixel box, and its interval arithmetic takes every layer but a convolution
+or a linear one for a point (the interval of a ball is stored as [x, x]). Here the interval is the box, which is sound
+for every layer, and linear bounds use `a.x +- |half_axes * a|_2` where that is the tighter one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ def ball_in_box(half_axes: Tensor, low: Tensor, high: Tensor) -> Any:
 
     class BallInBox(package.PerturbationLpNorm):  # type: ignore[misc, name-defined]
         def concretize(
-            self, x: Tensor, A: Any, sign: int = -1, aux: Any = None, extra_constr: Any = None  # noqa: N803
+            self,
+            x: Tensor,
+            A: Any,  # noqa: N803
+            sign: int = -1,
+            aux: Any = None,
+            extra_constr: Any = None,
         ) -> Tensor | None:
             box: Tensor | None = super().concretize(x, A, sign=sign, aux=aux, extra_constr=extra_constr)
             if box is None:

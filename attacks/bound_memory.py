@@ -1,8 +1,8 @@
 """How much memory a bound needs, estimated from the layers that auto_LiRPA traced.
 
 CROWN walks back from every hidden layer that needs bounds and from the logits. On the way it holds, for each of the S
-neurons it started from, one coefficient for each of the n neurons of the layer it has reached: S x n numbers an example.
-Behind convolutions the coefficients are patches, as large as the neuron's receptive field so far.
+neurons it started from, one coefficient for each of the n neurons of the layer it has reached: S x n numbers an
+example. Behind convolutions the coefficients are patches, as large as the neuron's receptive field so far.
 """
 
 from __future__ import annotations
@@ -41,9 +41,7 @@ def estimate(bounded: BoundedNetwork) -> Need:
     network, classes, patches = bounded.network, bounded.classes, bounded.patches
     itemsize = torch.finfo(bounded.dtype).bits // 8
     nodes = [node for node in network.modules() if getattr(node, "from_input", False) and _shape(node)]
-    hidden = {
-        node.inputs[index].name for node in nodes for index in getattr(node, "requires_input_bounds", None) or ()
-    }
+    hidden = {node.inputs[index].name for node in nodes for index in getattr(node, "requires_input_bounds", None) or ()}
     activations = 4 * sum(_size(node) for node in nodes)
     final = network.final_node()
     margins = [(classes - 1) * held for held in _held(nodes, final, patches=False)]
@@ -86,8 +84,9 @@ def _held(nodes: list[Any], start: Any, *, patches: bool) -> list[int]:
 def _grow(node: Any, side: int | None) -> int | None:
     if side is None or len(_shape(node)) != 3:
         return None
-    attributes = getattr(node, "attr", None)
-    kernel = attributes.get("kernel_shape") if isinstance(attributes, dict) else None
+    given = getattr(node, "attr", None)
+    attributes: dict[str, Any] = given if isinstance(given, dict) else {}
+    kernel = attributes.get("kernel_shape")
     if kernel is None:
         return side
     strides, dilations = attributes.get("strides", [1]), attributes.get("dilations", [1])

@@ -7,9 +7,7 @@ IBP: Gowal et al. 2018 (arXiv 1810.12715). CROWN: Zhang et al. 2018 (arXiv 1811.
 from __future__ import annotations
 
 import contextlib
-import copy
-import inspect
-from collections import OrderedDict
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -19,18 +17,12 @@ from torch import Tensor, nn
 
 from robustboard.attacks import lirpa_compat
 from robustboard.attacks.ball_perturbation import ball_in_box
+from robustboard.attacks.bounded_view import patches_hold, separate_examples, share_buffers, shared_view
 from robustboard.attacks.normalisation import split_normalisation
 from robustboard.errors import BoundsError
 
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")
 Slope = Literal["adaptive", "same"]
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 @dataclass(frozen=True)
@@ -44,16 +36,16 @@ class Ball:
 class BoundedNetwork:
     """An auto_LiRPA view of a classifier, built once and then asked for bounds batch by batch.
 
-    The view shares the classifier's parameters and running statistics, so bounds taken during training are bounds of the
-    weights of that moment and gradients reach them. The classifier itself is left as it is (mode, hooks, `requires_grad`);
-    the view is always the classifier in eval mode. A leading per-channel normalisation is split off.
+    The view shares the classifier's parameters and running statistics, so bounds taken during training are bounds of
+    the weights of that moment and gradients reach them. The classifier itself is left as it is (mode, hooks,
+    `requires_grad`); the view is always the classifier in eval mode. A leading per-channel normalisation is split off.
 
     Args:
         model: float images (N, C, H, W) in, logits (N, K) out.
         example: one image, (1, C, H, W); only its shape, device and type count.
         classes: the number of classes K.
-        slope: the lower line through an unstable ReLU. `"adaptive"` is CROWN's choice of slope 0 or 1; `"same"` takes the
-            slope of the upper line (Fast-Lin, Neurify, MixTrain's symbolic intervals) and mixes in no interval bounds.
+        slope: the lower line through an unstable ReLU. `"adaptive"` is CROWN's choice of slope 0 or 1; `"same"` takes
+            the slope of the upper line (Fast-Lin, Neurify, MixTrain's symbolic intervals) and mixes in no intervals.
 
     Raises:
         BoundsError: if auto_LiRPA is missing, does not know one of the model's operators, or computes another function.
@@ -69,13 +61,18 @@ class BoundedNetwork:
             view = shared_view(model)
             self.normalisation, core = split_normalisation(view, self._shape[0])
             with self._working():
-                # Drawn, not zero: torch's tracer may not merge the example with a constant of the model.
-                generator = torch.Generator().manual_seed(0)
-                probe = torch.rand(3, *self._shape, generator=generator).to(example)
+                # Drawn, not zero: a mistraced network may agree at zero.
+                probe = torch.rand(3, *self._shape, generator=torch.Generator().manual_seed(0)).to(example)
+                self.patches = self._shape[1] == self._shape[2]
                 self.network = self._build(core, probe[:1])
-                _share_buffers(self.network, core)
-                _separate_examples(self.network)
-                self._check_same_function(view, probe)
+                if self.patches and not patches_hold(self.network):
+                    self.patches = False
+                    self.network = self._build(core, probe[:1])
+                self._one_by_one = not self._computes(view, probe)
+                if self._one_by_one and not self._computes(view, probe[:1]):
+                    raise BoundsError(
+                        "auto_LiRPA's view of this network computes other logits than the network itself."
+                    )
         except BoundsError:
             raise
         except Exception as error:  # whatever the model's code or auto_LiRPA raises becomes one sentence
@@ -104,13 +101,22 @@ class BoundedNetwork:
         Returns:
             Tensor (N, K - 1) in the type of the example.
         """
-        for node in self.network.modules():
-            # auto_LiRPA sets `param.requires_grad` from the node's mode: let it set what is already there.
-            if isinstance(getattr(node, "param", None), nn.Parameter):
-                node.training = node.param.requires_grad
+        if self._one_by_one and len(labels) > 1:
+            parts = [
+                self.margins(
+                    labels[i : i + 1],
+                    lower=lower[i : i + 1],
+                    upper=upper[i : i + 1],
+                    method=method,
+                    ball=None if ball is None else Ball(ball.centre[i : i + 1], ball.eps),
+                    iterations=iterations,
+                )
+                for i in range(len(labels))
+            ]
+            return torch.cat(parts)
         low, high = self.normalisation.box(lower.to(self.dtype), upper.to(self.dtype))
         inputs, specification = self._perturbed(low, high, ball), self._specification(labels)
-        with self._working():
+        with self._working(), self._parameters_kept(frozen=method == "alpha-crown"):
             if method == "ibp":
                 return self._compute(inputs, specification, "IBP")
             if method == "crown-ibp":
@@ -125,11 +131,6 @@ class BoundedNetwork:
         full = margins.new_full((len(labels), self.classes), torch.inf)
         return full.scatter(1, self._others(labels), margins)
 
-    @property
-    def patches(self) -> bool:
-        """Whether convolutions are bounded in patches mode; it takes feature maps for square without asking."""
-        return self._shape[1] == self._shape[2]
-
     def _build(self, core: nn.Module, probe: Tensor) -> Any:
         options = {
             "conv_mode": "patches" if self.patches else "matrix",
@@ -137,7 +138,7 @@ class BoundedNetwork:
             "relu": "same-slope" if self._slope == "same" else "adaptive",
             "activation_bound_option": "same-slope" if self._slope == "same" else "adaptive",
             "sparse_intermediate_bounds": self._slope == "adaptive",
-            # Always bound the unstable neurons alone, however many they are: what is left out must not depend on the batch.
+            # Always leave out the stable neurons, however few they are: the choice must not depend on the batch.
             "minimum_sparsity": 1.0,
             # Both fail in 0.3.
             "sparse_features_alpha": False,
@@ -145,20 +146,36 @@ class BoundedNetwork:
             # Would share slopes or not depending on how many neurons of the whole batch are unstable.
             "use_full_conv_alpha": False,
         }
-        return self._package.BoundedModule(core, probe, bound_opts=options, device=probe.device)
+        with lirpa_compat.log_lines() as lines:
+            try:
+                network = self._package.BoundedModule(core, probe, bound_opts=options, device=probe.device)
+            except NotImplementedError as error:
+                names = sorted({name for line in lines for name in re.findall(r"^Name: (?:onnx::)?([^,]+)", line)})
+                operators = ", ".join(names) or first_line(error)
+                raise BoundsError(f"auto_LiRPA cannot bound this network: it has no bounds for {operators}.") from error
+        share_buffers(network, core)
+        separate_examples(network)
+        return network
 
-    def _check_same_function(self, view: nn.Module, probe: Tensor) -> None:
+    def _computes(self, view: nn.Module, probe: Tensor) -> bool:
+        """Whether auto_LiRPA's network gives the logits of the network itself.
+
+        A reshape written with the batch's size (`x.view(x.size(0), -1)`) is traced as a constant. Such a view is right
+        for one example at a time only.
+        """
         with torch.no_grad():
             expected = view(probe)
-            seen = self.network(self.normalisation.apply(probe).to(self.dtype))
-        if expected.shape != (len(probe), self.classes):
-            raise BoundsError(
-                f"The network gives logits of shape {tuple(expected.shape)} for {len(probe)} images and "
-                f"{self.classes} classes, not ({len(probe)}, {self.classes})."
-            )
+            if expected.shape != (len(probe), self.classes):
+                raise BoundsError(
+                    f"The network gives logits of shape {tuple(expected.shape)} for {len(probe)} images and "
+                    f"{self.classes} classes, not ({len(probe)}, {self.classes})."
+                )
+            try:
+                seen = self.network(self.normalisation.apply(probe).to(self.dtype))
+            except RuntimeError:
+                return False
         close = 1e-3 * (1 + expected.abs().max())
-        if seen.shape != expected.shape or not bool(((seen - expected).abs() <= close).all()):
-            raise BoundsError("auto_LiRPA's view of this network computes other logits than the network itself.")
+        return seen.shape == expected.shape and bool(((seen - expected).abs() <= close).all())
 
     def _perturbed(self, low: Tensor, high: Tensor, ball: Ball | None) -> Any:
         package = self._package
@@ -197,6 +214,22 @@ class BoundedNetwork:
             self.network.__dict__["check_IBP_first_linear"] = lambda node: False
 
     @contextlib.contextmanager
+    def _parameters_kept(self, *, frozen: bool) -> Iterator[None]:
+        """Keep auto_LiRPA from unfreezing parameters, and alpha-CROWN's backward passes from adding to gradients."""
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        for parameter in trained if frozen else ():
+            parameter.requires_grad_(requires_grad=False)
+        for node in self.network.modules():
+            # A node sets its parameter's `requires_grad` to its own mode: let it set what is already there.
+            if isinstance(getattr(node, "param", None), nn.Parameter):
+                node.training = node.param.requires_grad
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(requires_grad=True)
+
+    @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
         # auto_LiRPA creates tensors without naming a type, so a float64 network needs float64 as torch's default.
         before = torch.get_default_dtype()
@@ -207,51 +240,8 @@ class BoundedNetwork:
         finally:
             torch.set_default_dtype(before)
 
+
 def first_line(error: BaseException) -> str:
     """The kind and first line of an error, without a full stop."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
-
-
-def shared_view(model: nn.Module) -> nn.Module:
-    """A copy of the module tree, in eval mode and without dropout, on the model's own parameters and buffers."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    for module in model.modules():
-        # Hooks count passes or report progress; they belong to the model, and may hold what cannot be copied.
-        memo |= {id(hooks): OrderedDict() for name in _HOOKS if (hooks := getattr(module, name, None)) is not None}
-    view = copy.deepcopy(model, memo)
-    for module in list(view.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.modules.dropout._DropoutNd):
-                setattr(module, name, nn.Identity())
-    return view.eval()
-
-
-def _share_buffers(network: Any, core: nn.Module) -> None:
-    # auto_LiRPA copies buffers: running statistics of a network in training would stay those of its first step.
-    live = dict(core.named_buffers())
-    for node in network.modules():
-        if type(node).__name__ == "BoundBuffers" and node.ori_name in live:
-            node.buffer = live[node.ori_name]
-
-
-def _separate_examples(network: Any) -> None:
-    """Make the bounds of hidden neurons independent of the rest of the batch.
-
-    auto_LiRPA bounds a neuron by CROWN when it is unstable for any example of the batch, and keeps the interval bound, its
-    reference, otherwise. Here each example for which the interval bound says that the neuron is stable keeps that bound,
-    whatever the others do.
-    """
-    restore = network.restore_sparse_bounds
-    signature = inspect.signature(restore)
-    if "ref_intermediate_lb" not in signature.parameters:
-        return
-
-    def restore_each(*args: Any, **kwargs: Any) -> None:
-        restore(*args, **kwargs)
-        given = signature.bind(*args, **kwargs).arguments
-        node, low, high = given["node"], given["ref_intermediate_lb"].detach(), given["ref_intermediate_ub"].detach()
-        stable = (low >= 0) | (high <= 0)
-        node.lower, node.upper = torch.where(stable, low, node.lower), torch.where(stable, high, node.upper)
-
-    network.__dict__["restore_sparse_bounds"] = restore_each

@@ -1,7 +1,7 @@
 """Verified bounds: which examples provably keep their class over the whole threat model.
 
-A certificate here is numerical: it comes from floating-point arithmetic that rounds to nearest. What stands between it and
-float error is
+A certificate here is numerical: it comes from floating-point arithmetic that rounds to nearest. What stands between it
+and float error is
 
 - the threat model, rounded outward, and so is its image under a leading normalisation;
 - float64, in which all bounds are computed. Their own error is then some 1e-12 of the logits (float32 shows 1e-5);
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from robustboard.attacks.bound_memory import Need, estimate
-from robustboard.attacks.bounded_network import METHODS, Ball, BoundedNetwork, Slope, first_line, shared_view
+from robustboard.attacks.bounded_network import METHODS, Ball, BoundedNetwork, Slope, first_line
+from robustboard.attacks.bounded_view import shared_view
 from robustboard.attacks.threat import ThreatModel
 from robustboard.errors import BoundsError
 
@@ -33,7 +34,8 @@ __all__ = ["METHODS", "TOLERANCE", "TOLERANCE_FLOAT32", "BoundedNetwork", "Bound
 
 TOLERANCE = 1e-4
 TOLERANCE_FLOAT32 = 1e-2
-# On a CPU larger chunks are no faster once a chunk's coefficients outgrow the caches (measured), and bound more neurons.
+# Measured: on a CPU larger chunks are slower once their coefficients outgrow the caches, since a neuron that is
+# unstable for any example of a chunk is bounded for all of them.
 _CPU_CHUNK_BYTES = {"ibp": 64 << 20, "crown-ibp": 64 << 20, "crown": 64 << 20, "alpha-crown": 256 << 20}
 _LARGEST_CHUNK = 128
 
@@ -149,13 +151,11 @@ class _Judge:
     def correct(self, images: Tensor, labels: Tensor) -> Tensor:
         """Which examples the classifier itself, as it is used, classifies correctly; bool (N,)."""
         with torch.no_grad():
-            parts = [self.model(part.to(self.network.device)) for part in images.split(_LARGEST_CHUNK)]
+            parts = [self.model(part.to(self.network.device)) for part in torch.split(images, _LARGEST_CHUNK)]
         logits = torch.cat(parts).to(labels.device)
         return (logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)
 
-    def judge(
-        self, images: Tensor, labels: Tensor, correct: Tensor, chunk: int, tell: Callable[[int], None]
-    ) -> Bounds:
+    def judge(self, images: Tensor, labels: Tensor, correct: Tensor, chunk: int, tell: Callable[[int], None]) -> Bounds:
         """Bound all examples that are `correct`, at most `chunk` at a time."""
         bounds = _nothing_known(labels, self.network.classes, None, tolerance=self.tolerance, notes=self.notes)
         waiting = correct.nonzero().flatten()

@@ -1,9 +1,9 @@
 """Loads auto_LiRPA, mended where this torch and numpy need it.
 
-The release on PyPI (0.3, 2022) was written for torch < 1.13. Each mend below asks first whether it is needed, so a newer
-auto_LiRPA or an older torch is left alone, and applying it twice changes nothing. Nothing of torch changes its meaning:
-two names that older releases had are put back, and the one function that must behave differently is replaced inside
-auto_LiRPA's own modules only.
+The release on PyPI (0.3, 2022) was written for torch < 1.13. Each mend below asks first whether it is needed, so a
+newer auto_LiRPA or an older torch is left alone, and applying it twice changes nothing. Nothing of torch changes its
+meaning: two names that older releases had are put back, and the one function that must behave differently is replaced
+inside auto_LiRPA's own modules only.
 """
 
 from __future__ import annotations
@@ -60,6 +60,20 @@ def quiet() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def log_lines() -> Iterator[list[str]]:
+    """The messages that auto_LiRPA logs meanwhile; it names unsupported operators nowhere else."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("auto_LiRPA")
+    log.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+
+
 def mend_before_import() -> None:
     """Put back what auto_LiRPA 0.3 imports or uses of numpy and torch and what they no longer have."""
     _mend_numpy_isin()
@@ -91,8 +105,8 @@ def _mend_numpy_isin() -> None:
 
 
 def _mend_opset_setter() -> None:
-    # 0.3 chooses opset 12 by `torch.onnx.symbolic_helper._set_opset_version`; torch moved the setting to a global of its
-    # internal TorchScript exporter, where `torch.onnx.utils._optimize_graph` reads it.
+    # 0.3 chooses opset 12 by `torch.onnx.symbolic_helper._set_opset_version`; torch moved the setting to a global of
+    # its internal TorchScript exporter, where `torch.onnx.utils._optimize_graph` reads it.
     helper = importlib.import_module("torch.onnx.symbolic_helper")
     if hasattr(helper, "_set_opset_version"):
         return
@@ -114,11 +128,12 @@ def _mend_node_items() -> None:
     node: Any = torch._C.Node
     if not hasattr(node, "__getitem__"):
         helper = importlib.import_module("torch.onnx.symbolic_helper")
-        node.__getitem__ = lambda self, key: helper._node_get(self, key)
+        node.__getitem__ = helper._node_get
 
 
 def _mend_named_members() -> None:
-    # torch 2 passes `remove_duplicate` to `_named_members`, which 0.3 overrides without it, so `parameters()` fails there.
+    # torch 2 passes `remove_duplicate` to `_named_members`, which 0.3 overrides without it: `parameters()` fails, and
+    # with it matrix mode and residual networks.
     bounded: Any = importlib.import_module("auto_LiRPA.bound_general").BoundedModule
     members = bounded._named_members
     known = inspect.signature(members).parameters.values()
@@ -167,7 +182,7 @@ class _TorchWithInclusiveClamp(types.ModuleType):
     @staticmethod
     def clamp(values: Tensor, min: float | None = None, max: float | None = None) -> Tensor:  # noqa: A002
         """`torch.clamp` with the inclusive gradient."""
-        result: Tensor = _InclusiveClamp.apply(values, min, max)  # type: ignore[no-untyped-call]
+        result: Tensor = _InclusiveClamp.apply(values, min, max)
         return result
 
 

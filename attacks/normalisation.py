@@ -1,7 +1,7 @@
 """Recognises a leading per-channel affine layer, the usual `(x - mean) / std`, and splits it off a classifier.
 
-Bounds are then taken in normalised coordinates, where a box stays a box. The layer must not be folded into the weights of
-a first convolution instead: the convolution pads with zeros *after* normalising, so folding changes the function.
+Bounds are then taken in normalised coordinates, where a box stays a box. The layer must not be folded into the weights
+of a first convolution instead: the convolution pads with zeros *after* normalising, so folding changes the function.
 """
 
 from __future__ import annotations
@@ -86,13 +86,11 @@ class _Tracer(fx.Tracer):
         return _normalize_constants(m) is not None or super().is_leaf_module(m, module_qualified_name)
 
 
-def _leading_affine(
-    model: nn.Module, graph: fx.Graph, identity: ChannelAffine
-) -> tuple[ChannelAffine, fx.Node | None]:
+def _leading_affine(model: nn.Module, graph: fx.Graph, identity: ChannelAffine) -> tuple[ChannelAffine, fx.Node | None]:
     """The longest affine chain from the input, and the node that ends it (None when there is no chain)."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    constants = _Constants(model, graph, inputs)
-    node, affine, end = inputs[0], identity, None
+    constants = _Constants(model, graph)
+    node = next(node for node in graph.nodes if node.op == "placeholder")
+    affine, end = identity, None
     while True:
         users = [user for user in node.users if user not in constants]
         if len(users) != 1:
@@ -147,19 +145,21 @@ def _normalize_constants(module: nn.Module) -> tuple[Any, Any] | None:
 class _Constants:
     """The values of the nodes that hang on stored tensors alone, such as `self.mean.view(1, 3, 1, 1)`."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, inputs: list[fx.Node]) -> None:
+    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         self._values: dict[fx.Node, Any] = {}
-        # Where a constant is moved to the input's device or type, the input is asked for that and for nothing else.
-        asked = {"device", "dtype"}
+        # A constant that is moved to an image's device or type asks the image for that and for nothing else.
+        asked = {"device": torch.device("cpu"), "dtype": torch.float64}
         for node in graph.nodes:
             if node.op == "get_attr":
                 self._values[node] = _attribute(model, str(node.target))
-            elif node.op == "call_function" and node.target is getattr and node.args[0] in inputs:
-                if node.args[1] in asked:
-                    self._values[node] = torch.device("cpu") if node.args[1] == "device" else torch.float64
-            elif node.op in ("call_function", "call_method") and node.all_input_nodes:
-                if all(item in self._values for item in node.all_input_nodes):
-                    self._values[node] = self._run(node)
+            elif node.op == "call_function" and node.target is getattr and node.args[1] in asked:
+                self._values[node] = asked[str(node.args[1])]
+            elif (
+                node.op in ("call_function", "call_method")
+                and node.all_input_nodes
+                and all(item in self._values for item in node.all_input_nodes)
+            ):
+                self._values[node] = self._run(node)
 
     def __contains__(self, node: fx.Node) -> bool:
         return node in self._values
