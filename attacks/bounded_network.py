@@ -55,6 +55,7 @@ class BoundedNetwork:
         self._package = lirpa_compat.load()
         self.classes = classes
         self._slope = slope
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         self._shape = tuple(example.shape[1:])
         self.dtype, self.device = example.dtype, example.device
         try:
@@ -77,6 +78,9 @@ class BoundedNetwork:
             raise
         except Exception as error:  # whatever the model's code or auto_LiRPA raises becomes one sentence
             raise BoundsError(f"auto_LiRPA cannot bound this network: {first_line(error)}.") from error
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
 
     def margins(
         self,
@@ -122,7 +126,7 @@ class BoundedNetwork:
             if method == "crown-ibp":
                 return self._compute(inputs, specification, "CROWN-IBP")
             self._first_layer_by_intervals(allowed=ball is None)
-            if method == "crown":
+            if method == "crown" or not self.network.optimizable_activations:
                 return self._compute(inputs, specification, "CROWN")
             return self._alpha_crown(inputs, specification, iterations)
 

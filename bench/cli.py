@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -187,13 +188,7 @@ def demo(
     console = Console(stderr=True)
     with Bars(console) as bars:
         result = run_demo(runs=runs, out=out, jobs=jobs, bars=bars)
-    table = Table("defense", "clean", "PGD", "robust", "certified", "corruption", box=None, header_style="bold")
-    for record in result.records:
-        table.add_row(
-            record.defense.name,
-            *(_shown(record, name) for name in ("clean", "pgd", "robust", "certified", "corruption")),
-        )
-    Console().print(table)
+    _print_board(result.records)
     for name, reason in result.unsuited:
         typer.echo(f"{name} was left out: {reason}")
     typer.echo(f"\nSite:   {result.site}")
@@ -212,11 +207,21 @@ def _overrides(settings: list[str]) -> dict[str, object]:
 
 def _shown(record: Record, name: str) -> str:
     metric = record.metrics.get(name)
-    return "not run" if metric is None else f"{metric.value:.1%} [dim]{metric.low:.1%} to {metric.high:.1%}[/dim]"
+    return "not run" if metric is None else f"{metric.value:.1%} \\[{metric.low:.1%}, {metric.high:.1%}]"
+
+
+def _print_board(records: Sequence[Record]) -> None:
+    shown = ("clean", "pgd", "certified", "corruption")
+    heads = ("defense", "robust [95 % interval]", *shown)
+    table = Table(*(Column(head, no_wrap=True) for head in heads), box=None, header_style="bold", pad_edge=False)
+    for record in records:
+        values = (f"{record.metrics[name].value:.1%}" if name in record.metrics else "not run" for name in shown)
+        table.add_row(record.defense.name, _shown(record, "robust"), *values)
+    Console().print(table)
 
 
 def _print_record(record: Record) -> None:
-    table = Table("metric", "value and 95 % interval", box=None, header_style="bold", pad_edge=False)
+    table = Table("metric", "value [95 % interval]", box=None, header_style="bold", pad_edge=False)
     for name in ("clean", "pgd", "robust", "autoattack", "certified", "undecided", "corruption"):
         if name in record.metrics:
             table.add_row(name, _shown(record, name))

@@ -95,7 +95,7 @@ class FgsmTraining(GradientDefense[FgsmHyper]):
         """As many epochs as PGD-AT has."""
         del threat
         return FgsmHyper(
-            **sized(data, examples=300_000),
+            **sized(data, examples=500_000),
         )
 
     def objective(self, model: nn.Module, hyper: FgsmHyper, data: TrainingData, threat: ThreatModel) -> Objective:
@@ -140,7 +140,7 @@ class PgdTraining(GradientDefense[PgdHyper]):
     def defaults(self, data: TrainingData, threat: ThreatModel) -> PgdHyper:
         """Seven steps (the paper's number for CIFAR-10) that can cross the ball."""
         return PgdHyper(
-            **sized(data, examples=300_000),
+            **sized(data, examples=500_000),
             steps=7,
             step_size=threat.radius / 4,
         )
@@ -192,7 +192,7 @@ class Trades(GradientDefense[TradesHyper]):
     def defaults(self, data: TrainingData, threat: ThreatModel) -> TradesHyper:
         """PGD-AT's steps and epochs, and the paper's beta."""
         return TradesHyper(
-            **sized(data, examples=300_000),
+            **sized(data, examples=500_000),
             steps=7,
             step_size=threat.radius / 4,
         )

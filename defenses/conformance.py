@@ -84,7 +84,7 @@ class _Conformance:
         _check_card(type(self._defense))
 
     def hyper_parameters(self) -> None:
-        """`hyper_type` is a frozen dataclass with a docstring, and `defaults` returns one."""
+        """`hyper_type` is a frozen dataclass, and `defaults` returns one."""
         kind = getattr(self._defense, "hyper_type", None)
         if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
             raise self._broken("hyper-parameters", "hyper_type must be a dataclass")
@@ -103,7 +103,7 @@ class _Conformance:
             reason = self._defense.unsuited(data, threat)
             if reason is None:
                 continue
-            if not isinstance(reason, str) or not _SENTENCE.fullmatch(reason):
+            if not _SENTENCE.fullmatch(str(reason)):
                 raise self._broken("unsuited", f"the reason must be one sentence with a full stop, not {reason!r}")
             try:
                 self._fit(data=data, threat=threat)

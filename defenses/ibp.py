@@ -173,8 +173,8 @@ class CrownIbp(GradientDefense[CrownIbpHyper]):
         """A short ramp: linear bounds cost thirty clean steps, and cost nothing once beta is zero."""
         del threat
         return CrownIbpHyper(
-            **sized(data, examples=700_000),
-            ramp=0.2,
+            **sized(data, examples=500_000),
+            ramp=0.15,
         )
 
     def unsuited(self, data: TrainingData, threat: ThreatModel) -> str | None:

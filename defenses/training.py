@@ -44,7 +44,7 @@ class Recipe:
 
     architecture: str
     epochs: int
-    lr: float = 2e-3
+    lr: float = 5e-3
     batch_size: int = 128
     optimizer: Literal["adam", "sgd"] = "adam"
     schedule: Schedule = "one-cycle"
@@ -122,7 +122,6 @@ class Sized(TypedDict):
 
     architecture: str
     epochs: int
-    lr: float
     augment: bool
 
 
@@ -133,12 +132,9 @@ def sized(data: TrainingData, *, examples: int) -> Sized:
         data: its image shape chooses the network; colour images are augmented.
         examples: about how many images the network should see; the number of epochs stays between 2 and 100.
     """
-    architecture = default_for(data.image_shape)
     return Sized(
-        architecture=architecture,
+        architecture=default_for(data.image_shape),
         epochs=min(100, max(2, round(examples / max(1, len(data.train))))),
-        # A perceptron on small images takes larger steps than a convolutional network.
-        lr=5e-3 if architecture.startswith("mlp") else 2e-3,
         augment=data.image_shape[0] == 3,
     )
 

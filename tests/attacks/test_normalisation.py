@@ -1,4 +1,4 @@
-"""A leading per-channel affine layer is recognised in the forms that people write, and nothing else is taken for one."""
+"""A leading per-channel affine layer is recognised in the forms that people write it in, and nothing else is."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from robustboard.attacks.normalisation import ChannelAffine, split_normalisation
 from torch import Tensor, nn
 from torchvision import transforms
+
+from robustboard.attacks.normalisation import ChannelAffine, split_normalisation
 
 
 class Function(nn.Module):

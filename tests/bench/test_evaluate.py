@@ -106,7 +106,9 @@ def test_verdicts_do_not_depend_on_the_order_of_the_data(record):
     images, labels = DATA
     order = np.random.default_rng(1).permutation(len(labels))
     again = robustboard.score(Net(), track=_track(), data=(images[order], labels[order]))
-    by_content = [one.outcomes.sort_values("example", ignore_index=True).drop(columns="index") for one in (again, record)]
+    by_content = [
+        one.outcomes.sort_values("example", ignore_index=True).drop(columns="index") for one in (again, record)
+    ]
     assert by_content[0].equals(by_content[1])
 
 

@@ -52,7 +52,9 @@ def test_cnn_a_has_the_layer_names_of_the_published_weights() -> None:
 
 
 def test_normalisation_standardises_each_channel_and_travels_with_the_weights() -> None:
-    images = torch.rand(50, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 0.5, 0.1]).view(3, 1, 1)
+    images = torch.rand(50, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 0.5, 0.1]).view(
+        3, 1, 1
+    )
     normalize = channel_statistics(images)
     flat = normalize(images).transpose(0, 1).flatten(1)
     torch.testing.assert_close(flat.mean(dim=1), torch.zeros(3), atol=1e-4, rtol=0)

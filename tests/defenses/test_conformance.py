@@ -127,7 +127,7 @@ class GlobalSeed(Quick):
     def spoil(self, model: nn.Module) -> nn.Module:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             for parameter in model.parameters():
-                parameter += 0.01 * torch.randn_like(parameter)
+                parameter.add_(torch.randn_like(parameter))
         return model
 
 
@@ -234,7 +234,7 @@ BROKEN = [
     (NanState, "model", "'spare' of its state has NaN"),
     (GlobalSeed, "seed", "the same seed must give the same weights"),
     (moves(lambda: torch.rand(1)), "seed", "global random state of torch as it was"),
-    (moves(lambda: np.random.rand()), "seed", "global random state of numpy as it was"),
+    (moves(np.random.rand), "seed", "global random state of numpy as it was"),
     (moves(random.random), "seed", "global random state of Python as it was"),
     (ChangesData, "data", "must not change the training data"),
     (Silent, "progress", "must call progress.advance"),

@@ -1,4 +1,4 @@
-"""The shared loop: what a mini-batch is, how the learning rate moves, and that a resumed training is the same training."""
+"""The shared loop: what a mini-batch is, how the learning rate moves, and that a resumed training is the same."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def blobs(count: int = 40, channels: int = 1, *, seed: int = 0) -> TrainingData:
     return TrainingData("blobs", Split(images[8:], labels[8:]), Split(images[:8], labels[:8]), 2)
 
 
-class Killed(Exception):
+class Killed(Exception):  # noqa: N818 (a signal, not an error)
     pass
 
 
@@ -120,7 +120,9 @@ def test_a_finished_training_returns_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 4}, {"lr": 0.01}, {"threat": ThreatModel.parse("linf", "1/9")}, {"data": blobs(seed=1)}], ids=str
+    "change",
+    [{"seed": 4}, {"lr": 0.01}, {"threat": ThreatModel.parse("linf", "1/9")}, {"data": blobs(seed=1)}],
+    ids=str,
 )
 def test_the_state_of_another_training_is_ignored(change: dict[str, object], tmp_path: Path) -> None:
     """Another seed, recipe, radius or data set starts again."""
