@@ -168,7 +168,11 @@ def leaderboard(
 
     if records is not None and mlflow is not None:
         raise RobustBoardError("Give either --records or --mlflow, not both.")
-    found = tracking.read_records(mlflow) if mlflow is not None else load_all(records or _DEFAULT_RUNS)
+    found = (
+        tracking.read_records(mlflow)
+        if mlflow is not None
+        else load_all(records or _DEFAULT_RUNS, ignore={tracking.ARTIFACTS})
+    )
     typer.echo(build_site(found, out))
 
 

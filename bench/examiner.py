@@ -162,9 +162,7 @@ class Examiner:
             "memory_bytes": self.track.bounds.memory_mebibytes << 20,
         }
         reply = self._call(stage, "certify", settings, self._rows(rows))
-        reason = reply.values["reason"]
-        if reason and reason not in self.notes:
-            self.notes.append(str(reason))
+        self.notes += [str(note) for note in reply.values["notes"] if note not in self.notes]
         certified, margins = reply.arrays["certified"], reply.arrays["margins"]
         if certified.shape != (len(rows),) or margins.shape != (len(rows), self.examples.classes):
             raise WorkerError(f"The model's process returned {method} bounds of a wrong shape; they are not used.")

@@ -59,7 +59,8 @@ class WorkerProcess:
                 stdout=self._log,
                 stderr=self._log,
                 start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+                # Idle threads sleep: where they spin for work, a second job on the machine slows both many times over.
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": str(threads)},
             )
         self._socket = ours
         self._channel = Channel(ours)

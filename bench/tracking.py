@@ -21,6 +21,8 @@ from robustboard.errors import RecordError, TrackingError
 from robustboard.leaderboard.record import Record, load
 
 EXPERIMENT = "robustboard"
+ARTIFACTS = "mlflow-artifacts"
+"""The folder of a local store's artifacts: copies of records, so that readers of a runs folder pass it over."""
 
 _ROLE = "robustboard.role"
 _PAGE = 1000
@@ -125,6 +127,7 @@ def _store(uri: str) -> Iterator[Any]:
     """MLflow, pointed at `uri` and quiet, with its own settings put back afterwards."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if uri.startswith("sqlite:///"):
         _make_folder(Path(uri.removeprefix("sqlite:///")).parent)
     try:
@@ -164,7 +167,7 @@ def _experiment(mlflow: Any, uri: str) -> str:
         return str(found.experiment_id)
     location = None
     if uri.startswith("sqlite:///"):
-        location = (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlflow-artifacts").as_uri()
+        location = (Path(uri.removeprefix("sqlite:///")).resolve().parent / ARTIFACTS).as_uri()
     return str(mlflow.create_experiment(EXPERIMENT, artifact_location=location))
 
 

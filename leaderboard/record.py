@@ -9,6 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
 
@@ -107,8 +108,12 @@ def load(folder: Path) -> Record:
     return record.with_table(content)
 
 
-def load_all(root: Path) -> list[Record]:
+def load_all(root: Path, *, ignore: Container[str] = ()) -> list[Record]:
     """Read every record under `root`, ordered by track, defense and checkpoint whatever the folders are called.
+
+    Args:
+        root: a folder that holds records, at any depth.
+        ignore: names of folders that are not looked into, such as a store that keeps copies.
 
     Raises:
         RecordError: if there is none, one is malformed, or two folders hold the same result.
@@ -117,6 +122,8 @@ def load_all(root: Path) -> list[Record]:
         raise RecordError(f"There is no folder {root} to read records from.")
     records: dict[tuple[str, ...], tuple[Record, Path]] = {}
     for path in sorted(root.rglob(RECORD_FILE)):
+        if any(part in ignore for part in path.relative_to(root).parts):
+            continue
         record = load(path.parent)
         key = sort_key(record)
         if key in records:

@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def data_file() -> Callable[[str], Path]:
-    """Find a file in the folders of ROBUSTBOARD_DATA; skip, or fail with ROBUSTBOARD_REQUIRE_DATA=1, when it is missing."""
+    """Find a file in the folders of ROBUSTBOARD_DATA; without it skip, or with ROBUSTBOARD_REQUIRE_DATA=1 fail."""
 
     def find(name: str) -> Path:
         folders = [Path(part) for part in os.environ.get("ROBUSTBOARD_DATA", "").split(os.pathsep) if part]

@@ -1,4 +1,4 @@
-"""The evaluation on a network whose true robustness is known: a linear one, whose smallest perturbation is a formula."""
+"""The evaluation on a network whose true robustness is known: a linear one, where the distance is a formula."""
 
 from __future__ import annotations
 
