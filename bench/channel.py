@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic_core import from_json
 
 from robustboard.errors import WorkerError
 
@@ -75,9 +76,10 @@ class Channel:
             raise WorkerError("The model's process sent something that is not a message; its answer is not used.")
         text, body = self._read(header_length), self._read(array_length)
         try:
-            parsed = json.loads(text)
+            # Not the json module: nesting deep enough overruns its stack where some import has raised Python's limit.
+            parsed = from_json(bytes(text))
             return dict(parsed["header"]), _unpack(parsed["arrays"], body)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise WorkerError("The model's process sent a damaged message; its answer is not used.") from error
 
     def _read(self, count: int) -> bytearray:

@@ -150,7 +150,7 @@ def _own_track(path: Path) -> Track:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TrackError(f"The track file {path} cannot be read ({error.strerror}).") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise TrackError(f"The track file {path} is not valid TOML: {error}.") from error
     track = track_from(content, where=str(path), folder=path.parent)
     if track.id in track_ids() and track.hash != load_track(track.id).hash:
