@@ -19,7 +19,7 @@ from robustboard.attacks import lirpa_compat
 from robustboard.attacks.ball_perturbation import ball_in_box
 from robustboard.attacks.bounded_view import patches_hold, separate_examples, share_buffers, shared_view
 from robustboard.attacks.normalisation import split_normalisation
-from robustboard.errors import BoundsError
+from robustboard.errors import BoundsError, first_line
 
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")
 Slope = Literal["adaptive", "same"]
@@ -243,9 +243,3 @@ class BoundedNetwork:
                 yield
         finally:
             torch.set_default_dtype(before)
-
-
-def first_line(error: BaseException) -> str:
-    """The kind and first line of an error, without a full stop."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from robustboard.attacks.bound_memory import Need, estimate
-from robustboard.attacks.bounded_network import METHODS, Ball, BoundedNetwork, Slope, first_line
+from robustboard.attacks.bounded_network import METHODS, Ball, BoundedNetwork, Slope
 from robustboard.attacks.bounded_view import shared_view
 from robustboard.attacks.threat import ThreatModel
-from robustboard.errors import BoundsError
+from robustboard.errors import BoundsError, first_line
 
 __all__ = ["METHODS", "TOLERANCE", "TOLERANCE_FLOAT32", "BoundedNetwork", "Bounds", "Slope", "certify"]
 

@@ -27,7 +27,8 @@ _MAGIC = b"RBm1"
 _PREFIX = struct.Struct("<4sIQ")
 _MAX_HEADER = 16 << 20
 _MAX_ARRAYS = 16 << 30
-_DTYPES = {name: np.dtype(name) for name in ("<f4", "<f8", "|u1", "<i8", "|b1")}
+_PART = 64 << 20
+_DTYPES = {name: np.dtype(name) for name in ("<f2", "<f4", "<f8", "|u1", "|i1", "<i2", "<i4", "<i8", "|b1")}
 
 
 class ChannelClosedError(Exception):
@@ -52,6 +53,7 @@ class Channel:
             specs.append({"name": name, "dtype": little.dtype.str, "shape": list(array.shape)})
             blobs.append(little.reshape(-1).view(np.uint8).data if little.size else b"")
         text = json.dumps({"header": dict(header), "arrays": specs}).encode()
+        self._socket.settimeout(None)
         try:
             self._socket.sendall(_PREFIX.pack(_MAGIC, len(text), sum(len(blob) for blob in blobs)) + text)
             for blob in blobs:
@@ -79,22 +81,26 @@ class Channel:
             # Not the json module: nesting deep enough overruns its stack where some import has raised Python's limit.
             parsed = from_json(bytes(text))
             return dict(parsed["header"]), _unpack(parsed["arrays"], body)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise WorkerError("The model's process sent a damaged message; its answer is not used.") from error
 
     def _read(self, count: int) -> bytearray:
-        buffer = bytearray(count)
-        view, done = memoryview(buffer), 0
-        while done < count:
-            try:
-                got = self._socket.recv_into(view[done:])
-            except TimeoutError:
-                raise
-            except OSError as error:
-                raise ChannelClosedError(str(error)) from error
-            if got == 0:
-                raise ChannelClosedError("end of stream")
-            done += got
+        buffer = bytearray()
+        while len(buffer) < count:
+            # Memory is taken as bytes arrive, not on the other side's word.
+            part = bytearray(min(_PART, count - len(buffer)))
+            view, done = memoryview(part), 0
+            while done < len(part):
+                try:
+                    got = self._socket.recv_into(view[done:])
+                except TimeoutError:
+                    raise
+                except OSError as error:
+                    raise ChannelClosedError(str(error)) from error
+                if got == 0:
+                    raise ChannelClosedError("end of stream")
+                done += got
+            buffer += part
         return buffer
 
 

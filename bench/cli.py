@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
+from click import ClickException
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
-from robustboard.errors import OutputError, RobustBoardError
+from robustboard.errors import OutputError, RobustBoardError, TrackingError
 
 if TYPE_CHECKING:
     from robustboard.leaderboard.record import Record
@@ -137,19 +140,25 @@ def score(
         download=download,
         load_seconds=load_seconds,
     )
+    uri = None if no_mlflow else tracking.store_uri(mlflow, runs)
+    if uri is not None:
+        tracking.prepare(uri)
     console = Console(stderr=True)
     with Bars(console) as bars:
-        scored = score_defense(request, bars.job(Path(defense).parent.name if "/" in defense else defense))
-    if not no_mlflow:
-        uri = tracking.store_uri(mlflow, runs)
-        tracking.log_record(scored.record, scored.folder, uri=uri, images=scored.images, training=scored.training)
-        console.print(f"Logged to {uri}", markup=False, highlight=False)
+        scored = score_defense(request, bars.job(Path(defense).stem if defense.endswith(".toml") else defense))
     if as_json:
-        sys.stdout.write(scored.record.model_dump_json(indent=2) + "\n")
-        return
-    _print_record(scored.record)
-    typer.echo(f"\nRecord: {scored.folder}")
-    typer.echo(f"Board:  robustboard leaderboard --records {runs} --out site")
+        sys.stdout.write(scored.record.to_json())
+        sys.stdout.flush()
+    else:
+        _print_record(scored.record)
+        typer.echo(f"\nRecord: {scored.folder}")
+        typer.echo(f"Board:  robustboard leaderboard --records {runs} --out site")
+    if uri is not None:
+        try:
+            tracking.log_record(scored.record, scored.folder, uri=uri, images=scored.images, training=scored.training)
+        except TrackingError as error:
+            raise TrackingError(f"{error} The record itself is safe in {scored.folder}.") from error
+        console.print(f"Logged to {uri}", markup=False, highlight=False)
 
 
 @app.command(epilog="Example: robustboard leaderboard --records runs --out site")
@@ -230,7 +239,7 @@ def _print_record(record: Record) -> None:
         if name in record.metrics:
             table.add_row(name, _shown(record, name))
     console = Console()
-    console.print(f"[bold]{record.defense.title}[/bold] on {record.track.id}, n = {record.metrics['clean'].n}")
+    console.print(f"[bold]{escape(record.defense.title)}[/bold] on {record.track.id}, n = {record.n}")
     console.print(table)
     for note in record.notes:
         console.print(f"Note: {note}", markup=False, highlight=False)
@@ -242,12 +251,17 @@ def _print_json(value: Any) -> None:
 
 def main() -> NoReturn:
     """Run the command line; every error of ours is one sentence and an exit code, never a traceback."""
+    # A polite end from outside unwinds as Ctrl-C does, so that the model's process ends too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        app()
+        code = app(standalone_mode=False)
     except RobustBoardError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("Interrupted; the same command continues a training where it stopped.", 130)
+    except ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        _fail("Interrupted; run the same command again to continue a training from its last epoch.", 130)
     except OSError as error:
         if os.environ.get("ROBUSTBOARD_DEBUG"):
             raise
@@ -258,7 +272,7 @@ def main() -> NoReturn:
             raise
         text = f"This is a bug of RobustBoard: {type(error).__name__}: {error}. ROBUSTBOARD_DEBUG=1 shows where."
         _fail(text, RobustBoardError.exit_code)
-    sys.exit(0)
+    sys.exit(code)
 
 
 def _fail(sentence: str, code: int) -> NoReturn:

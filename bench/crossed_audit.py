@@ -22,7 +22,7 @@ class Audit:
     """What the crossed audit did.
 
     Attributes:
-        broken_bounded: broken examples on which every bound method was tried.
+        broken_bounded: broken examples that at least one bound method could bound.
         certified_attacked: certified examples on which every attack was tried.
         contradictions: what it found; a publishable record has none.
     """
@@ -51,14 +51,16 @@ def crossed_audit(examiner: Examiner, verdicts: Verdicts, *, all_attacked: bool)
 
 def _bound_the_broken(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> None:
     methods = examiner.track.bounds.methods
-    audit.broken_bounded = int(verdicts.broken.sum())
-    examiner.progress.begin("audit: bounds", audit.broken_bounded * len(methods))
+    bounded = np.zeros(len(verdicts.labels), dtype=bool)
+    examiner.progress.begin("audit: bounds", int(verdicts.broken.sum()) * len(methods))
     for method in methods:
         for _, rows in examiner.shards(verdicts.broken):
-            certified, _ = examiner.certify("audit", method, rows)
+            certified, margins = examiner.certify("audit", method, rows)
+            bounded[rows] |= np.isfinite(margins).any(axis=1)
             for row in rows[certified]:
                 audit.contradictions.append(Contradiction(int(row), method, verdicts.broken_by[row] or ""))
             examiner.progress.advance(len(rows))
+    audit.broken_bounded = int(bounded.sum())
 
 
 def _attack_the_certified(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 from robustboard.bench import tracking
 from robustboard.bench.datasets import load_dataset
 from robustboard.bench.entrants import why_unsuited
+from robustboard.bench.environment import cores
+from robustboard.bench.process import Workers
 from robustboard.bench.progress import Bars
 from robustboard.bench.protocol import load_track
 from robustboard.bench.score import Request, Scored, score_defense
@@ -51,19 +53,36 @@ def run_demo(*, runs: Path, out: Path, jobs: int | None, bars: Bars) -> Demo:
     reasons = {name: why_unsuited(name, track, dataset) for name in registry.names()}
     suited = [name for name, reason in reasons.items() if reason is None]
 
-    def one(name: str) -> Scored:
-        bar = bars.job(name)
-        try:
-            return score_defense(Request(defense=name, track=TRACK, threads=1, runs=runs), bar)
-        finally:
-            bar.end()
-
-    with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
-        scored = list(pool.map(one, suited))
     uri = tracking.local_uri(runs)
+    tracking.prepare(uri)
+    scored = _score_all(suited, runs=runs, jobs=jobs or cores(), bars=bars)
     for result in scored:
         tracking.log_record(result.record, result.folder, uri=uri, images=result.images, training=result.training)
     records = sorted((result.record for result in scored), key=lambda record: -record.metrics["robust"].value)
     site = build_site(records, out)
     unsuited = tuple((name, reason) for name, reason in reasons.items() if reason is not None)
     return Demo(tuple(records), unsuited, site, uri)
+
+
+def _score_all(names: Sequence[str], *, runs: Path, jobs: int, bars: Bars) -> list[Scored]:
+    """Score several defenses at a time; the first failure, or an interrupt, ends all of them at once."""
+    workers = Workers()
+
+    def one(name: str) -> Scored:
+        bar = bars.job(name)
+        try:
+            return score_defense(Request(defense=name, track=TRACK, threads=1, runs=runs), bar, workers=workers)
+        finally:
+            bar.end()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(one, name) for name in names]
+        try:
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            workers.end()
+            raise
+    return [future.result() for future in futures]

@@ -104,7 +104,8 @@ class TrainedEntrant(Entrant):
             int(reply.values["parameters"]),
             hashlib.sha256(weights).hexdigest(),
             weights,
-            StageCost(reply.seconds, reply.forwards, reply.backwards),
+            # A training's passes are not counted: its loop knows no single place through which they all go.
+            StageCost(reply.seconds, None, None),
         )
 
 

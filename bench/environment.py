@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -29,6 +30,11 @@ def python_version() -> str:
 def machine() -> str:
     """Operating system and processor architecture, such as `Linux-x86_64`."""
     return f"{platform.system()}-{platform.machine()}"
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def source_commit() -> tuple[str | None, bool | None]:

@@ -23,7 +23,7 @@ from robustboard.attacks.pgd import pgd
 from robustboard.attacks.threat import ThreatModel
 from robustboard.bench.channel import Array
 from robustboard.defenses.contract import check_classifier
-from robustboard.errors import RobustBoardError, WorkerError
+from robustboard.errors import RobustBoardError, WorkerError, first_line
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,6 @@ class Operations:
     ) -> None:
         self._model = model
         self._device = device
-        if device.type == "cuda":
-            # TensorFloat-32 keeps ten bits of a factor: fast, but no arithmetic to rest a verdict on.
-            torch.backends.cuda.matmul.allow_tf32 = False
-            torch.backends.cudnn.allow_tf32 = False
         self._on_forwards = on_forwards
         self._table: dict[str, Callable[[Mapping[str, Any], Mapping[str, Array]], Reply]] = {
             "check": self._check,
@@ -78,14 +74,13 @@ class Operations:
             WorkerError: if the model's own code raises.
         """
         began = time.perf_counter()
-        with PassCounter(self._model, on_forward=self._on_forwards) as counter:
+        with _full_precision(), PassCounter(self._model, on_forward=self._on_forwards) as counter:
             try:
                 reply = self._table[operation](params, arrays)
             except RobustBoardError:
                 raise
             except Exception as error:
-                first = (str(error).strip().splitlines() or ["no message"])[0][:200].rstrip(".")
-                raise WorkerError(f"The model failed during {operation}: {type(error).__name__}: {first}.") from error
+                raise WorkerError(f"The model failed during {operation}: {first_line(error)}.") from error
         return Reply(reply.values, reply.arrays, time.perf_counter() - began, counter.forwards, counter.backwards)
 
     def _tensor(self, array: Array) -> Tensor:
@@ -163,6 +158,20 @@ class Operations:
 
 def _threat(params: Mapping[str, Any]) -> ThreatModel:
     return ThreatModel.parse(params["norm"], params["eps"])
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TensorFloat-32 on a GPU: it keeps ten bits of a factor, which is nothing to rest a verdict on."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 @contextmanager

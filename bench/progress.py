@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 
@@ -14,7 +15,7 @@ class Bars:
     """A display of bars, one for each job under way; a context manager.
 
     Args:
-        console: where to draw; on something that is not a terminal, each finished stage is one line instead.
+        console: where to draw; on something that is not a terminal, each stage is one line when it begins.
     """
 
     def __init__(self, console: Console) -> None:
@@ -73,7 +74,7 @@ class JobBar:
         """Start the stage's bar in place of the last one."""
         with self._lock:
             self._drop()
-            self._task = self._bars.add(f"{self._name}  [cyan]{stage}", total)
+            self._task = self._bars.add(f"{escape(self._name)}  [cyan]{escape(stage)}", total)
             if not self._bars.live:
                 self._bars.console.print(f"{self._name}: {stage}", markup=False, highlight=False)
 

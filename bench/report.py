@@ -77,7 +77,7 @@ def build_record(
             "bound_methods": found.bound_methods,
             "metrics": derive_metrics(found.outcomes, bound_methods=found.bound_methods),
             "audit": Audit.tally(
-                broken_bounded=found.audit.broken_bounded if found.bound_methods else 0,
+                broken_bounded=found.audit.broken_bounded,
                 certified_attacked=found.audit.certified_attacked,
             ),
             "diagnostics": {name: list(values) for name, values in found.diagnostics.items()},

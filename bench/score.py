@@ -8,13 +8,14 @@ and whole, so a run directory with a record is a finished run.
 from __future__ import annotations
 
 import hashlib
-import io
+import json
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -23,16 +24,17 @@ from safetensors.numpy import save as to_safetensors
 from torch import nn
 
 from robustboard.bench.datasets import data_folders, from_arrays, load_dataset
-from robustboard.bench.entrants import find_entrant
+from robustboard.bench.entrants import Entrant, find_entrant
+from robustboard.bench.environment import cores
 from robustboard.bench.evaluate import Engine, Evaluation, evaluate
 from robustboard.bench.examiner import Floats
-from robustboard.bench.files import write_atomically
-from robustboard.bench.process import LOAD_SECONDS, WorkerProcess
+from robustboard.bench.process import LOAD_SECONDS, WorkerProcess, Workers
 from robustboard.bench.protocol import Track, load_track, resolve, select
 from robustboard.bench.report import build_record
 from robustboard.bench.session import LocalSession
 from robustboard.defenses.adapter import NoProgress, Progress
-from robustboard.errors import OutputError
+from robustboard.errors import GateError, OutputError
+from robustboard.files import replace_file
 from robustboard.leaderboard.record import DefenseInfo, Record, save
 
 
@@ -88,8 +90,13 @@ class Scored:
     training: tuple[Mapping[str, float], ...]
 
 
-def score_defense(request: Request, progress: Progress | None = None) -> Scored:
+def score_defense(request: Request, progress: Progress | None = None, *, workers: Workers | None = None) -> Scored:
     """Score a built-in defense or a submission; its model lives in a process of its own.
+
+    Args:
+        request: what to score.
+        progress: told of every stage.
+        workers: knows the model's process, for a caller that runs several jobs.
 
     Raises:
         RobustBoardError: one sentence, with the exit code of its class; no record is written.
@@ -100,14 +107,19 @@ def score_defense(request: Request, progress: Progress | None = None) -> Scored:
     dataset = load_dataset(track.dataset, data_dirs=data_folders(request.data_dirs), download=request.download)
     track, examples = resolve(track, dataset), select(track, dataset)
     entrant = find_entrant(request.defense, request.overrides, track, dataset, seed=request.seed)
-    folder = request.run_dir or request.runs / track.id / entrant.info.name / f"seed-{request.seed}"
-    _make_folder(folder)
-    threads = request.threads or len(os.sched_getaffinity(0))
-    with WorkerProcess(device=request.device, threads=threads, load_seconds=request.load_seconds) as worker:
+    folder = request.run_dir or request.runs / track.id / entrant.info.name / _run_name(entrant, request)
+    _require_writable(folder)
+    threads = request.threads or cores()
+    with WorkerProcess(
+        device=request.device, threads=threads, load_seconds=request.load_seconds, workers=workers
+    ) as worker:
         brought = entrant.enter(worker, folder, watched)
-        if brought.weights is not None:
-            write_atomically(folder / "model.safetensors", brought.weights)
-        found = evaluate(worker, track, examples, engine=request.engine, progress=watched)
+        try:
+            found = evaluate(worker, track, examples, engine=request.engine, progress=watched)
+        except GateError:
+            # An earlier record of this very run is in doubt now, so it must not be published either.
+            shutil.rmtree(folder / "record", ignore_errors=True)
+            raise
         device = worker.device
     record = build_record(
         found,
@@ -122,7 +134,9 @@ def score_defense(request: Request, progress: Progress | None = None) -> Scored:
         device=device,
         threads=threads,
     )
-    write_atomically(folder / "adversarial.npz", _packed(found))
+    if brought.weights is not None:
+        replace_file(folder / "model.safetensors", lambda file: file.write(brought.weights or b""))
+    replace_file(folder / "adversarial.npz", lambda file: _pack(found, file))
     record = save(record, found.outcomes, folder / "record")
     return Scored(record, folder / "record", examples.floats(), tuple(watched.notes))
 
@@ -185,20 +199,29 @@ def score(
     )
 
 
-def _packed(found: Evaluation) -> bytes:
-    """The images that broke examples, by row, as an npz."""
+def _run_name(entrant: Entrant, request: Request) -> str:
+    """A folder name that tells runs apart that can end differently."""
+    parts = [f"seed-{request.seed}"] if entrant.seeds else [f"code-{(entrant.code_sha256 or '')[:8]}"]
+    if request.overrides:
+        settings = json.dumps({name: str(value) for name, value in request.overrides.items()}, sort_keys=True)
+        parts.append(hashlib.sha256(settings.encode()).hexdigest()[:8])
+    if request.engine != "cascade":
+        parts.append(request.engine)
+    return "-".join(parts)
+
+
+def _pack(found: Evaluation, file: BinaryIO) -> None:
+    """Write the images that broke examples, by row, as an npz."""
     rows = sorted(found.adversarial)
-    images = np.stack([found.adversarial[row] for row in rows]) if rows else np.empty((0,), dtype=np.float32)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, index=np.array(rows, dtype=np.int64), images=images)
-    return buffer.getvalue()
+    images = np.array([found.adversarial[row] for row in rows], dtype=np.float32)
+    np.savez_compressed(file, index=np.array(rows, dtype=np.int64), images=images)
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"The run directory {folder} cannot be made: {error.strerror}.") from error
+def _require_writable(folder: Path) -> None:
+    """Refuse a place that cannot be written before any long work; nothing is made there yet."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OutputError(f"The run directory {folder} cannot be made: {existing} is not a folder that can be written.")
 
 
 def _slug(title: str) -> str:

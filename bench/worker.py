@@ -6,8 +6,12 @@ prints cannot spoil the command's own output.
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +27,7 @@ from robustboard.bench.operations import Operations, Reply
 from robustboard.defenses import registry, submission
 from robustboard.defenses.adapter import Split, TrainingData
 from robustboard.defenses.checkpoints import CheckpointStore
-from robustboard.errors import RobustBoardError, WorkerError
+from robustboard.errors import DefenseError, RobustBoardError, WorkerError, first_line
 
 _SIGN_OF_LIFE_SECONDS = 0.2
 
@@ -109,13 +113,14 @@ class _Worker:
         """Carry out one request."""
         if operation == "start":
             torch.set_num_threads(params["threads"])
-            self._device = torch.device(params["device"])
+            self._device = _usable_device(params["device"])
             return Reply({"device": _device_name(self._device)}, {})
         if operation == "load":
             return self._adopt(_load(params))
         if operation == "train":
+            began = time.perf_counter()
             model = _train(params, arrays, self._teller, self._device)
-            return Reply(self._adopt(model).values, self._state(model))
+            return Reply(self._adopt(model).values, self._state(model), seconds=time.perf_counter() - began)
         if self._operations is None:
             raise WorkerError("No model is loaded yet.")
         return self._operations.run(operation, params, arrays)
@@ -124,10 +129,16 @@ class _Worker:
         """Answer requests until the command closes its end."""
         while True:
             request, arrays = self._channel.receive()
+            operation = request["operation"]
             try:
-                reply = self.answer(request["operation"], request["params"], arrays)
-            except RobustBoardError as error:
-                self._channel.send({"kind": "error", "class": type(error).__name__, "message": str(error)})
+                reply = self.answer(operation, request["params"], arrays)
+            except ChannelClosedError:
+                raise
+            except Exception as error:
+                known = isinstance(error, RobustBoardError)
+                text = str(error) if known else f"The model's process failed during {operation}: {first_line(error)}."
+                name = type(error).__name__ if known else WorkerError.__name__
+                self._channel.send({"kind": "error", "class": name, "message": text})
                 continue
             self._teller.flush()
             self._channel.send(
@@ -142,13 +153,31 @@ class _Worker:
             )
 
 
+def _usable_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except Exception as error:
+        raise DefenseError(f"The device {name!r} cannot be used here ({first_line(error)}); try cpu.") from error
+    return device
+
+
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _end_with(sock: socket.socket) -> None:
+    """End this process, and all that it started, once the command's end of the socket is gone."""
+    poller = select.poll()
+    poller.register(sock, 0)
+    poller.poll()
+    os.killpg(0, signal.SIGKILL)
 
 
 def main() -> None:
     """Serve the socket whose file descriptor is the only argument."""
     with socket.socket(fileno=int(sys.argv[1])) as sock:
+        threading.Thread(target=_end_with, args=[sock], daemon=True).start()
         try:
             _Worker(Channel(sock)).serve()
         except ChannelClosedError:

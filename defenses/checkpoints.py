@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from robustboard.errors import OutputError
+from robustboard.files import replace_file
 
 
 class CheckpointStore:
@@ -34,11 +32,7 @@ class CheckpointStore:
         """
         if self._folder is None:
             return
-        path = self._folder / f"{name}.pt"
-        try:
-            _write(path, dict(state))
-        except OSError as error:
-            raise OutputError(f"The training state cannot be written to {path}: {error.strerror or error}.") from error
+        replace_file(self._folder / f"{name}.pt", lambda file: torch.save(dict(state), file))
 
     def load(self, name: str) -> dict[str, Any] | None:
         """The last state kept under `name`, tensors on the CPU; None if there is none, or it is damaged."""
@@ -52,17 +46,3 @@ class CheckpointStore:
         except Exception:  # damage surfaces as any of a dozen kinds of error; all mean that there is no usable state
             return None
         return state if isinstance(state, dict) else None
-
-
-def _write(path: Path, state: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

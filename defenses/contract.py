@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robustboard.errors import ModelError
+from robustboard.errors import ModelError, first_line
 
 # Matrix products of other batch sizes sum in another order: float32 rounding, far below any real dependence.
 _BATCH_TOLERANCE = 1e-3
@@ -45,8 +45,7 @@ def _forward(model: nn.Module, images: Tensor) -> Tensor:
             logits = model(images)
     except Exception as error:
         raise ModelError(
-            f"The model fails on images of shape {tuple(images.shape[1:])}: "
-            f"{type(error).__name__}: {_first_line(error)}."
+            f"The model fails on images of shape {tuple(images.shape[1:])}: {first_line(error)}."
         ) from error
     if not isinstance(logits, Tensor):
         raise ModelError(f"The model must return a tensor of logits (N, K), not {type(logits).__name__}.")
@@ -73,7 +72,10 @@ def _check_logits(logits: Tensor, count: int, classes: int) -> None:
 
 
 def _check_batch_independence(model: nn.Module, images: Tensor, logits: Tensor) -> None:
-    alone = torch.cat([_forward(model, image.unsqueeze(0)) for image in images])
+    answers = [_forward(model, image.unsqueeze(0)) for image in images]
+    for answer in answers:
+        _check_logits(answer, 1, logits.shape[1])
+    alone = torch.cat(answers)
     scale = logits.abs().amax().clamp(min=1.0)
     worst = float((alone - logits).abs().amax() / scale)
     if worst > _BATCH_TOLERANCE:
@@ -85,18 +87,25 @@ def _check_batch_independence(model: nn.Module, images: Tensor, logits: Tensor) 
 
 def _check_autograd(model: nn.Module, images: Tensor, logits: Tensor) -> None:
     inputs = images.clone().requires_grad_(True)
-    with torch.enable_grad():
-        traced = model(inputs)
+    try:
+        with torch.enable_grad():
+            traced = model(inputs)
+            gradient = _input_gradient(traced, inputs)
+    except Exception as error:
+        raise ModelError(f"The model fails when gradients are recorded: {first_line(error)}.") from error
     scale = logits.abs().amax().clamp(min=1.0)
     if float((traced.detach() - logits).abs().amax() / scale) > _BATCH_TOLERANCE:
         raise ModelError(
             "The model answers differently when gradients are recorded; a forward pass must not look at autograd."
         )
-    if not traced.requires_grad:
+    if gradient is None:
         raise ModelError(
             "No gradient reaches the model's input (something detaches it), so gradient attacks cannot judge it."
         )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:200].rstrip(".")
+def _input_gradient(logits: Tensor, inputs: Tensor) -> Tensor | None:
+    # The parameters alone make logits require a gradient, so only asking for the input's tells.
+    if not logits.requires_grad:
+        return None
+    return torch.autograd.grad(logits.sum(), inputs, allow_unused=True)[0]

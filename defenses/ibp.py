@@ -7,6 +7,7 @@ radius from zero and shift weight from the clean loss to the verified one at the
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from robustboard.attacks.bounded_network import BoundedNetwork
+from robustboard.attacks.lirpa_compat import INSTALL
 from robustboard.attacks.threat import ThreatModel
 from robustboard.defenses.adapter import Claim, DefenseCard, TrainingData
 from robustboard.defenses.batches import Batch
@@ -123,8 +125,8 @@ class Ibp(GradientDefense[IbpHyper]):
         )
 
     def unsuited(self, data: TrainingData, threat: ThreatModel) -> str | None:
-        """Intervals are L-inf boxes."""
-        return _linf_only(self.card.name, threat)
+        """Intervals are L-inf boxes, and bounds need auto_LiRPA."""
+        return _unsuited(self.card.name, threat)
 
     def objective(self, model: nn.Module, hyper: IbpHyper, data: TrainingData, threat: ThreatModel) -> Objective:
         """The loss of one mini-batch."""
@@ -178,8 +180,8 @@ class CrownIbp(GradientDefense[CrownIbpHyper]):
         )
 
     def unsuited(self, data: TrainingData, threat: ThreatModel) -> str | None:
-        """Intervals are L-inf boxes."""
-        return _linf_only(self.card.name, threat)
+        """Intervals are L-inf boxes, and bounds need auto_LiRPA."""
+        return _unsuited(self.card.name, threat)
 
     def objective(self, model: nn.Module, hyper: CrownIbpHyper, data: TrainingData, threat: ThreatModel) -> Objective:
         """The loss of one mini-batch."""
@@ -220,7 +222,9 @@ def _box(images: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     return (images - radius).clamp(min=0.0), (images + radius).clamp(max=1.0)
 
 
-def _linf_only(name: str, threat: ThreatModel) -> str | None:
-    if threat.norm == "linf":
-        return None
-    return f"{name} trains on interval bounds, which follow L-inf boxes, so it does not suit an {threat.norm} track."
+def _unsuited(name: str, threat: ThreatModel) -> str | None:
+    if threat.norm != "linf":
+        return f"{name} trains on interval bounds, which follow L-inf boxes, so it does not suit an {threat.norm} track."
+    if importlib.util.find_spec("auto_LiRPA") is None:
+        return f"{name} needs auto_LiRPA, which is not installed; run `{INSTALL}`."
+    return None

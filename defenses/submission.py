@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, HttpUrl, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from robustboard.errors import SubmissionError
+from robustboard.errors import SubmissionError, first_line
 
 _MAX_MANIFEST = 1 << 20
 _FACTORY = re.compile(r"(?P<file>[^:]+\.py):(?P<function>[A-Za-z_]\w*)")
@@ -137,10 +137,14 @@ def _parse(path: Path) -> _Manifest:
 
 def _inside(folder: Path, name: str, key: str) -> Path:
     """The file `name` of the folder; a path or a link that leaves the folder is refused."""
-    file = (folder / name).resolve()
+    try:
+        file = (folder / name).resolve()
+        found = file.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SubmissionError(f"{key} = {name[:80]!r} is not a file name: {first_line(error)}.") from error
     if not file.is_relative_to(folder):
         raise SubmissionError(f"{key} = {name[:80]!r} leads out of the submission's folder; keep every file inside it.")
-    if not file.is_file():
+    if not found:
         raise SubmissionError(f"{key} = {name[:80]!r}: there is no such file in {folder}.")
     return file
 
@@ -209,7 +213,7 @@ def _call_factory(submission: Submission) -> nn.Module:
     match = cast("re.Match[str]", _FACTORY.fullmatch(submission.model.factory))
     where = submission.model.factory
     try:
-        module = _import_file(submission.folder / match["file"])
+        module = _import_file(submission.folder, match["file"])
         factory = getattr(module, match["function"], None)
         if factory is None:
             raise SubmissionError(f"{match['file']} has no function {match['function']!r}.")
@@ -217,21 +221,21 @@ def _call_factory(submission: Submission) -> nn.Module:
     except SubmissionError:
         raise
     except (Exception, SystemExit) as error:
-        first = (str(error).strip().splitlines() or ["no message"])[0][:200].rstrip(".")
-        raise SubmissionError(f"{where} raised {type(error).__name__} while building the model: {first}.") from error
+        raise SubmissionError(f"{where} failed to build the model: {first_line(error)}.") from error
     if not isinstance(model, nn.Module):
         raise SubmissionError(f"{where} must return a torch.nn.Module, not {type(model).__name__}.")
     return model
 
 
-def _import_file(file: Path) -> ModuleType:
-    # The submission's further files are imported by their plain names, so its folder comes first on the path.
-    sys.path.insert(0, str(file.parent))
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+def _import_file(folder: Path, name: str) -> ModuleType:
+    # The submission's further files are imported by their plain names, so its folder comes first on the path; its own
+    # file gets a name that replaces no installed module.
+    sys.path.insert(0, str(folder))
+    spec = importlib.util.spec_from_file_location("submitted_model", folder / name)
     if spec is None or spec.loader is None:
-        raise SubmissionError(f"{file.name} cannot be imported as Python.")
+        raise SubmissionError(f"{name} cannot be imported as Python.")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[file.stem] = module
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -246,9 +250,8 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        first = (str(error).strip().splitlines() or ["no message"])[0][:200].rstrip(".")
         raise SubmissionError(
-            f"{file.name} cannot be read as weights (truncated, or not what its ending says): {first}."
+            f"{file.name} cannot be read as weights (truncated, or not what its ending says): {first_line(error)}."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise SubmissionError(f"{file.name} must hold a state_dict: names and tensors, nothing else.")

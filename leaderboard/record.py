@@ -111,30 +111,27 @@ def load(folder: Path) -> Record:
 def load_all(root: Path, *, ignore: Container[str] = ()) -> list[Record]:
     """Read every record under `root`, ordered by track, defense and checkpoint whatever the folders are called.
 
+    A result that is there twice, to the last byte of its table, counts once.
+
     Args:
         root: a folder that holds records, at any depth.
         ignore: names of folders that are not looked into, such as a store that keeps copies.
 
     Raises:
-        RecordError: if there is none, one is malformed, or two folders hold the same result.
+        RecordError: if there is none, or one is malformed.
     """
     if not root.is_dir():
         raise RecordError(f"There is no folder {root} to read records from.")
-    records: dict[tuple[str, ...], tuple[Record, Path]] = {}
+    records: dict[tuple[str, ...], Record] = {}
     for path in sorted(root.rglob(RECORD_FILE)):
         if any(part in ignore for part in path.relative_to(root).parts):
             continue
         record = load(path.parent)
         key = sort_key(record)
-        if key in records:
-            raise RecordError(
-                f"The folders {records[key][1]} and {path.parent} hold the same result of {record.defense.name}; "
-                "keep one."
-            )
-        records[key] = record, path.parent
+        records[key] = record
     if not records:
         raise RecordError(f"There is no {RECORD_FILE} anywhere under {root}.")
-    return [records[key][0] for key in sorted(records)]
+    return [records[key] for key in sorted(records)]
 
 
 def sort_key(record: Record) -> tuple[str, ...]:

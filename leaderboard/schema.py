@@ -137,11 +137,11 @@ class Environment(_Part):
 
 
 class StageCost(_Part):
-    """What one stage took: wall-clock seconds, and passes counted in examples."""
+    """What one stage took: wall-clock seconds, and passes counted in examples; None where they were not counted."""
 
     seconds: Seconds
-    forwards: Count = 0
-    backwards: Count = 0
+    forwards: Count | None = None
+    backwards: Count | None = None
 
 
 class Audit(_Part):

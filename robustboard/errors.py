@@ -57,3 +57,13 @@ class GateError(RobustBoardError):
     """An example is both certified and broken, or a stored break does not hold: a bug, so nothing is published."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    r"""The kind and first line of somebody else's error, to end a sentence with; no full stop.
+
+    >>> first_line(ValueError("no luck.\nat all"))
+    'ValueError: no luck'
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200].rstrip('. ')}" if lines else type(error).__name__

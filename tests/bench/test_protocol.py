@@ -173,7 +173,7 @@ def test_four_lines_are_a_track(tmp_path):
 def test_a_table_changes_only_the_keys_it_names(tmp_path):
     (tmp_path / "track.toml").write_text(FOUR_LINES + "[attacks.pgd]\nsteps = 7\nlosses = ['margin']\n")
     pgd = load_track(tmp_path / "track.toml").attacks.pgd
-    assert (pgd.steps, pgd.losses, pgd.restarts) == (7, ("margin",), 1)
+    assert (pgd.steps, pgd.losses, pgd.restarts) == (7, ("margin",), 5)
 
 
 def test_the_hash_knows_meaning_not_formatting_or_place(tmp_path):

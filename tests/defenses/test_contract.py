@@ -52,6 +52,25 @@ class Detached(Linear):
         return super().forward(x.detach()).detach()
 
 
+class DetachedInput(Linear):
+    """Its parameters still get a gradient, its input does not."""
+
+    def forward(self, x):
+        return super().forward(x.detach())
+
+
+class Squeezed(Linear):
+    def forward(self, x):
+        return super().forward(x).squeeze(0)
+
+
+class FailsUnderAutograd(Linear):
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            raise RuntimeError("inference only")
+        return super().forward(x)
+
+
 class WrongShape(Linear):
     def forward(self, x):
         return super().forward(x)[:, :2]
@@ -88,6 +107,9 @@ def test_an_honest_classifier_passes():
         (BatchDependent, "differently alone than in a batch"),
         (OtherUnderAutograd, "differently when gradients are recorded"),
         (Detached, "No gradient reaches"),
+        (DetachedInput, "No gradient reaches"),
+        (FailsUnderAutograd, "gradients are recorded: RuntimeError: inference only"),
+        (Squeezed, r"shape \(N, 3\).*1 images.*\(3,\)"),
         (WrongShape, r"shape \(N, 3\).*\(4, 2\)"),
         (Double, "float32 logits, not float64"),
         (Raises, "RuntimeError: size mismatch"),

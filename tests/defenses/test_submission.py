@@ -101,6 +101,7 @@ def test_reading_a_manifest_runs_nothing(folder):
         ('"model.py:build"', '"nowhere.py:build"', "no such file"),
         ('"model.py:build"', '"../model.py:build"', "leads out"),
         ('"weights.npz"', '"../weights.npz"', "leads out"),
+        ('"weights.npz"', '"a\\u0000.npz"', "not a file name"),
         ('"weights.npz"', '"/etc/passwd"', "leads out"),
         ('"weights.npz"', '"missing.npz"', "no such file"),
         ('"weights.npz"', '"model.py"', r"must end in \.safetensors"),
@@ -134,12 +135,12 @@ def test_a_missing_manifest_is_one_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [
-        ("def build(): raise ValueError('no luck')", "raised ValueError while building the model: no luck"),
-        ("import sys\ndef build(): sys.exit(3)", "raised SystemExit"),
+        ("def build(): raise ValueError('no luck')", "failed to build the model: ValueError: no luck"),
+        ("import sys\ndef build(): sys.exit(3)", "SystemExit"),
         ("def build(): return 3", "must return a torch.nn.Module, not int"),
         ("x = 1", "has no function 'build'"),
-        ("def build(:", "raised SyntaxError"),
-        ("import not_a_module_anywhere", "raised ModuleNotFoundError"),
+        ("def build(:", "SyntaxError"),
+        ("import not_a_module_anywhere", "ModuleNotFoundError"),
     ],
 )
 def test_a_failing_factory_is_one_sentence(folder, code, sentence):

@@ -1,0 +1,43 @@
+"""Writing files whole: a reader sees the old content or the new, whatever happens in between."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from robustboard.errors import OutputError
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Make or replace `path`, and the folders above it, through a temporary file that is flushed to the disk first.
+
+    Args:
+        path: the file.
+        write: puts the content into the open temporary file.
+
+    Raises:
+        OutputError: if it cannot be written; what was there before stays.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        # Temporary files are private; a result is as readable as any file that its owner makes.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+        temporary = None
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
