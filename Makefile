@@ -1,7 +1,8 @@
 # Everything a fresh machine needs is made by the first target that needs it.
 
 VENV ?= .venv
-PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 --version >/dev/null 2>&1 && echo python3.12 || echo python3)
+# The first of these that starts: a shim may exist for a version that does not.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -11,7 +12,7 @@ help:  ## say what there is
 
 env: $(STAMP)  ## the Python environment (7 GB)
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit("RobustBoard needs Python 3.11 or newer; set PYTHON=/path/to/it." if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 13) else "RobustBoard is pinned for Python 3.11 and 3.12: make PYTHON=/path/to/one")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
 	# The released auto_LiRPA pins a torch of 2022, so it is installed without its pins; see docs/bounds.md.
@@ -35,7 +36,7 @@ lint: env  ## ruff
 	$(BIN)/ruff format --check .
 
 types: env  ## mypy, on a real install: it cannot follow an editable one
-	rm -rf build/types
+	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --target build/types .
 	MYPYPATH=build/types $(BIN)/mypy --package robustboard
 
@@ -51,6 +52,7 @@ site: env  ## the board from the committed records, or from runs/
 constraints: env  ## pin what is installed now
 	{ head -n 1 constraints.txt; $(BIN)/pip freeze --exclude-editable | grep -viE '^auto.lirpa'; } > constraints.new
 	mv constraints.new constraints.txt
+	touch $(STAMP)
 
 clean:  ## remove what was built, the environment included
 	rm -rf $(VENV) .tox build dist site *.egg-info

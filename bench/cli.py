@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
-from click import ClickException
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from robustboard.errors import OutputError, RobustBoardError, TrackingError
+from robustboard.errors import OutputError, RobustBoardError, TrackingError, first_line
 
 if TYPE_CHECKING:
     from robustboard.leaderboard.record import Record
@@ -48,15 +47,21 @@ Mlflow = Annotated[
 Out = Annotated[Path, typer.Option("--out", help="Folder to write the site to.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"robustboard {version('robustboard')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_show_version, is_eager=True)
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        typer.echo(f"robustboard {installed('robustboard')}")
-        raise typer.Exit
+    del version
 
 
 @app.command(epilog="Example: robustboard tracks")
@@ -249,19 +254,30 @@ def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
+class _StopSignal(BaseException):
+    """SIGINT or SIGTERM: unwinds everything, so that the model's process ends too."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    del frame
+    raise _StopSignal(number)
+
+
 def main() -> NoReturn:
     """Run the command line; every error of ours is one sentence and an exit code, never a traceback."""
-    # A polite end from outside unwinds as Ctrl-C does, so that the model's process ends too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    # Typer would turn a plain Ctrl-C into silence.
+    signal.signal(signal.SIGINT, _stop)
+    signal.signal(signal.SIGTERM, _stop)
     try:
-        code = app(standalone_mode=False)
+        app()
     except RobustBoardError as error:
         _fail(str(error), error.exit_code)
-    except ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        _fail("Interrupted; run the same command again to continue a training from its last epoch.", 130)
+    except _StopSignal as stop:
+        _fail("Interrupted; the same command continues an unfinished training from its last epoch.", stop.exit_code)
     except OSError as error:
         if os.environ.get("ROBUSTBOARD_DEBUG"):
             raise
@@ -270,9 +286,8 @@ def main() -> NoReturn:
     except Exception as error:
         if os.environ.get("ROBUSTBOARD_DEBUG"):
             raise
-        text = f"This is a bug of RobustBoard: {type(error).__name__}: {error}. ROBUSTBOARD_DEBUG=1 shows where."
-        _fail(text, RobustBoardError.exit_code)
-    sys.exit(code)
+        _fail(f"This is a bug of RobustBoard: {first_line(error)}; ROBUSTBOARD_DEBUG=1 shows where.", 2)
+    sys.exit(0)
 
 
 def _fail(sentence: str, code: int) -> NoReturn:

@@ -163,15 +163,13 @@ def _threat(params: Mapping[str, Any]) -> ThreatModel:
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """No TensorFloat-32 on a GPU: it keeps ten bits of a factor, which is nothing to rest a verdict on."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = False
     try:
         yield
     finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+        products.allow_tf32, convolutions.allow_tf32 = before
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import quote
 
 from robustboard.bench.examiner import Floats
-from robustboard.errors import RecordError, TrackingError
+from robustboard.errors import TrackingError
 from robustboard.leaderboard.record import Record, load, sort_key
 
 EXPERIMENT = "robustboard"
@@ -38,8 +38,9 @@ _TRACK, _TRACK_HASH = "robustboard.track", "robustboard.track_hash"
 _DEFENSE, _SEED = "robustboard.defense", "robustboard.seed"
 _PAGE = 1000
 _LONGEST_KEY, _LONGEST_VALUE, _LONGEST_DIGEST = 250, 6000, 36
+_LONGEST_REASON = 300
 
-_FORCED = {
+_FORCED: Mapping[str, str | None] = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -50,7 +51,7 @@ _FORCED = {
     "_MLFLOW_ACTIVE_MODEL_ID": None,
 }
 # MLflow's own defaults try an unreachable server for many minutes.
-_UNLESS_SET = {
+_UNLESS_SET: Mapping[str, str | None] = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
@@ -64,10 +65,7 @@ def local_uri(folder: Path) -> str:
     Raises:
         TrackingError: if no URI can name that folder.
     """
-    path = (folder / "mlflow.db").resolve()
-    if "?" in str(path):
-        raise TrackingError(f"The folder {folder} cannot hold an MLflow store: no SQLite URI can express its '?'.")
-    return f"{_SQLITE}{path}"
+    return _checked(f"{_SQLITE}{(folder / 'mlflow.db').resolve()}")[0]
 
 
 def store_uri(given: str | None, folder: Path) -> str:
@@ -178,9 +176,11 @@ def _fetch(client: Any, run: str, scratch: Path) -> Record:
     try:
         folder = Path(client.download_artifacts(run, _RECORD, str(target)))
         return load(folder)
-    except (RecordError, OSError) as error:
-        reason = _first_line(error).replace(f"{target}{os.sep}", "")
-        raise TrackingError(f"Run {run} of the MLflow store holds no whole record ({reason}); delete that run.") from error
+    except Exception as error:
+        reason = _reason(error).replace(f"{target}{os.sep}", "")
+        raise TrackingError(
+            f"Run {run} of the MLflow store holds no whole record ({reason}); delete that run."
+        ) from error
 
 
 @contextmanager
@@ -203,18 +203,22 @@ def _client(uri: str, *, make: bool) -> Iterator[Any]:
             except TrackingError:
                 raise
             except Exception as error:
-                shown = without_password(uri)
-                raise TrackingError(f"The MLflow store {shown} cannot be used: {_first_line(error)}.") from error
+                unanswered = re.search("Max retries exceeded|timed out", str(error)) and uri.startswith("http")
+                reason = "no server answers there" if unanswered else _reason(error)
+                raise TrackingError(f"The MLflow store {without_password(uri)} cannot be used: {reason}.") from error
 
 
 def _checked(uri: str) -> tuple[str, Path | None]:
     """The URI with an absolute path, and the SQLite database that it names, if it names one."""
     if uri.startswith(_SQLITE):
-        name, _, query = uri.removeprefix(_SQLITE).partition("?")
+        name = uri.removeprefix(_SQLITE)
+        if re.search("[%?]", name):
+            # SQLAlchemy decodes them and MLflow does not, so that one makes a folder that the other does not look into.
+            raise TrackingError(f"{uri!r} cannot be used: the path of an MLflow store must be free of '%' and '?'.")
         if name not in {"", ":memory:"}:
             path = Path(name).resolve()
-            return f"{_SQLITE}{path}{'?' if query else ''}{query}", path
-    elif re.match(r"(?!file:|sqlite:)[a-z0-9+-]+://", uri) or uri == "databricks":
+            return f"{_SQLITE}{path}", path
+    elif re.match(r"(?!file:|sqlite:)[a-z][a-z0-9+-]*://", uri) or uri == "databricks":
         return uri, None
     raise TrackingError(
         f"{uri!r} is not the URI of an MLflow store; give sqlite:///path/to/mlflow.db, or http://host:port of a server."
@@ -229,7 +233,7 @@ def _check_database(path: Path) -> None:
         with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=20)) as connection:
             tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     except sqlite3.Error as error:
-        raise TrackingError(f"The MLflow store {_SQLITE}{path} cannot be used: {_first_line(error)}.") from error
+        raise TrackingError(f"The MLflow store {_SQLITE}{path} cannot be used: {_reason(error)}.") from error
     if not {"experiments", "runs", "alembic_version"} <= tables:
         raise TrackingError(f"The MLflow store {_SQLITE}{path} cannot be used: that database is not one of MLflow.")
 
@@ -397,5 +401,10 @@ def _key(name: str) -> str:
     return posixpath.normpath(re.sub(r"[^/\w.\- :]", "_", name)).strip("/.")[:_LONGEST_KEY] or "_"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300].rstrip(". ")
+def _reason(error: Exception) -> str:
+    """Why, in whole sentences where there is room for them."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if len(line) > _LONGEST_REASON:
+        line = line[:_LONGEST_REASON]
+        line = line.rpartition(". ")[0] or line
+    return line.rstrip(". ")

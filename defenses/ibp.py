@@ -224,7 +224,7 @@ def _box(images: Tensor, radius: float) -> tuple[Tensor, Tensor]:
 
 def _unsuited(name: str, threat: ThreatModel) -> str | None:
     if threat.norm != "linf":
-        return f"{name} trains on interval bounds, which follow L-inf boxes, so it does not suit an {threat.norm} track."
+        return f"{name} trains on interval bounds of L-inf boxes, so it does not suit an {threat.norm} track."
     if importlib.util.find_spec("auto_LiRPA") is None:
         return f"{name} needs auto_LiRPA, which is not installed; run `{INSTALL}`."
     return None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,7 @@ def run(tmp_path):
         home.mkdir(exist_ok=True)
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("ROBUSTBOARD_", "MLFLOW_"))}
         return subprocess.run(
-            [sys.executable, "-c", "from robustboard.bench.cli import main; main()", *map(str, words)],
+            [sys.executable, "-P", "-c", "from robustboard.bench.cli import main; main()", *map(str, words)],
             capture_output=True,
             text=True,
             cwd=home,
@@ -38,13 +40,14 @@ def run(tmp_path):
 
 
 def _refused(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
-    """The one sentence of a refusal; anything more, or a traceback, fails."""
+    """The one sentence of a refusal, after the lines of the stages that ran; a traceback fails."""
     assert done.returncode == code, done.stderr
     assert done.stdout == ""
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("robustboard: ")
+    said = [line for line in done.stderr.splitlines() if line.startswith("robustboard: ")]
+    assert len(said) == 1
+    assert done.stderr.rstrip().endswith(said[0])
     assert "Traceback" not in done.stderr
-    return last
+    return said[0]
 
 
 def test_a_submission_is_scored_end_to_end(run, make_submission, quadrant_track, tmp_path):
@@ -133,9 +136,87 @@ class Net(nn.Module):
 def build():
     return Net()
 """
-    done = run("score", make_submission(model), "--track", quadrant_track, "--runs", tmp_path / "runs", "--json")
-    assert sentence in _refused(done)
-    assert not [path for path in (tmp_path / "runs").rglob("*") if path.is_file()], "something was half-written"
+    words = ("--track", quadrant_track, "--runs", tmp_path / "runs", "--json", "--no-mlflow")
+    assert sentence in _refused(run("score", make_submission(model), *words))
+    assert not (tmp_path / "runs").exists(), "something was half-written"
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("import time\ndef build(): time.sleep(600)", "silent for 2 seconds during load"),
+        ("def build(): raise ValueError('no luck')", "ValueError: no luck"),
+    ],
+    ids=["hangs", "raises"],
+)
+def test_a_model_that_fails_to_load_is_one_sentence(run, make_submission, quadrant_track, tmp_path, code, sentence):
+    words = ("--track", quadrant_track, "--runs", tmp_path / "runs", "--load-seconds", 2, "--no-mlflow")
+    assert sentence in _refused(run("score", make_submission(code), *words))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_truncated_weight_file_is_one_sentence(run, make_submission, quadrant_track, tmp_path):
+    manifest = make_submission()
+    weights = manifest.with_name("weights.npz")
+    weights.write_bytes(weights.read_bytes()[:100])
+    words = ("--track", quadrant_track, "--runs", tmp_path / "runs", "--no-mlflow")
+    assert "truncated" in _refused(run("score", manifest, *words))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_gate_takes_back_the_record_of_the_same_run(run, make_submission, quadrant_track, tmp_path):
+    """A record that the same command now contradicts must not stay to be published."""
+    words = ("score", make_submission(), "--track", quadrant_track, "--runs", tmp_path / "runs", "--no-mlflow")
+    assert run(*words).returncode == 0
+    assert list((tmp_path / "runs").rglob("record.json"))
+    _refused(run(*words, "--json", PYTHONPATH=str(FAULTS / "half_eps")), code=1)
+    assert not list((tmp_path / "runs").rglob("record.json"))
+
+
+def test_a_module_of_the_current_folder_does_not_reach_the_worker(run, make_submission, quadrant_track, tmp_path):
+    (tmp_path / "cwd").mkdir()
+    (tmp_path / "cwd" / "random.py").write_text("raise RuntimeError('not the real one')")
+    done = run("score", make_submission(), "--track", quadrant_track, "--runs", tmp_path / "runs", "--no-mlflow")
+    assert done.returncode == 0, done.stderr
+
+
+def test_markup_in_a_title_is_text(run, make_submission, quadrant_track, tmp_path):
+    manifest = make_submission()
+    manifest.write_text(manifest.read_text().replace("A linear network", "Linear [beta=6] [/x]"))
+    done = run("score", manifest, "--track", quadrant_track, "--runs", tmp_path / "runs", "--no-mlflow")
+    assert done.returncode == 0, done.stderr
+    assert "Linear [beta=6] [/x]" in done.stdout
+
+
+def test_an_interrupt_ends_the_run_and_its_model(make_submission, quadrant_track, tmp_path):
+    """Ctrl-C while a model works: one sentence, exit code 130, and no process left behind."""
+    code = "import os, time\ndef build():\n    open('PID', 'w').write(str(os.getpid()))\n    time.sleep(600)"
+    marker = tmp_path / "pid"
+    command = [sys.executable, "-c", "from robustboard.bench.cli import main; main()", "score"]
+    command += [str(make_submission(code.replace("PID", str(marker)))), "--track", str(quadrant_track)]
+    command += ["--runs", str(tmp_path / "runs"), "--no-mlflow"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (marker.exists() and marker.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted" in said
+    assert not Path(f"/proc/{marker.read_text()}").exists()
+
+
+@pytest.mark.parametrize("words", [(), ("score",), ("nope",), ("score", "standard", "--track", "t", "--n", "0")])
+def test_misuse_is_exit_code_two(run, words):
+    done = run(*words)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_the_version_is_the_installed_one(run):
+    from importlib.metadata import version
+
+    assert run("--version").stdout == f"robustboard {version('robustboard')}\n"
 
 
 def test_a_bad_override_is_one_sentence(run):
