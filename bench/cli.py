@@ -126,7 +126,7 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Train or load one defense, judge it on a track, and write its record."""
-    from robustboard.bench import tracking
+    from robustboard.bench import mlflow_store, tracking
     from robustboard.bench.progress import Bars
     from robustboard.bench.score import Request, score_defense
 
@@ -145,9 +145,9 @@ def score(
         download=download,
         load_seconds=load_seconds,
     )
-    uri = None if no_mlflow else tracking.store_uri(mlflow, runs)
+    uri = None if no_mlflow else mlflow_store.store_uri(mlflow, runs)
     if uri is not None:
-        tracking.prepare(uri)
+        mlflow_store.check(uri)
     console = Console(stderr=True)
     with Bars(console) as bars:
         scored = score_defense(request, bars.job(Path(defense).stem if defense.endswith(".toml") else defense))
@@ -163,7 +163,7 @@ def score(
             tracking.log_record(scored.record, scored.folder, uri=uri, images=scored.images, training=scored.training)
         except TrackingError as error:
             raise TrackingError(f"{error} The record itself is safe in {scored.folder}.") from error
-        console.print(f"Logged to {uri}", markup=False, highlight=False)
+        console.print(f"Logged to {mlflow_store.without_password(uri)}", markup=False, highlight=False)
 
 
 @app.command(epilog="Example: robustboard leaderboard --records runs --out site")
@@ -176,7 +176,7 @@ def leaderboard(
     out: Out = Path("site"),
 ) -> None:
     """Build the static site from records or from an MLflow store."""
-    from robustboard.bench import tracking
+    from robustboard.bench import mlflow_store, tracking
     from robustboard.leaderboard.record import load_all
     from robustboard.leaderboard.site import build_site
 
@@ -185,7 +185,7 @@ def leaderboard(
     found = (
         tracking.read_records(mlflow)
         if mlflow is not None
-        else load_all(records or _DEFAULT_RUNS, ignore={tracking.ARTIFACTS})
+        else load_all(records or _DEFAULT_RUNS, ignore={mlflow_store.ARTIFACTS})
     )
     typer.echo(build_site(found, out))
 

@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from robustboard.bench import tracking
+from robustboard.bench import mlflow_store, tracking
 from robustboard.bench.datasets import load_dataset
 from robustboard.bench.entrants import why_unsuited
 from robustboard.bench.environment import cores
@@ -53,8 +53,8 @@ def run_demo(*, runs: Path, out: Path, jobs: int | None, bars: Bars) -> Demo:
     reasons = {name: why_unsuited(name, track, dataset) for name in registry.names()}
     suited = [name for name, reason in reasons.items() if reason is None]
 
-    uri = tracking.local_uri(runs)
-    tracking.prepare(uri)
+    uri = mlflow_store.local_uri(runs)
+    mlflow_store.check(uri)
     scored = _score_all(suited, runs=runs, jobs=jobs or cores(), bars=bars)
     for result in scored:
         tracking.log_record(result.record, result.folder, uri=uri, images=result.images, training=result.training)
