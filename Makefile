@@ -46,7 +46,7 @@ docs: env  ## the commands and links of README and docs/
 bench: env  ## speed, as ratios measured in one run
 	$(BIN)/pytest benchmarks --benchmark-enable --benchmark-only -p no:cacheprovider
 
-site: env  ## the board from the committed records, or from runs/
+site: env  ## the board from runs/
 	$(BIN)/robustboard leaderboard --out site
 
 constraints: env  ## pin what is installed now

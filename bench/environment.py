@@ -8,7 +8,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-_PACKAGES = ("robustboard", "torch", "torchvision", "pyautoattack", "auto_LiRPA", "numpy", "pandas", "pillow", "scipy")
+_PACKAGES = ("robustboard", "torchvision", "pyautoattack", "auto_LiRPA", "numpy", "pandas", "pillow", "scipy")
 
 
 def package_versions() -> dict[str, str]:

@@ -70,8 +70,10 @@ def evaluate(
     """
     examiner = Examiner(session, track, examples, progress or NoProgress())
     verdicts = Verdicts(examples.hashes, examples.labels)
+    examiner.progress.begin("contract", 1)
     examiner.check()
     _clean(examiner, verdicts)
+    examiner.progress.begin("reference checks", 1)
     examiner.reference_checks()
     _pgd(examiner, verdicts)
     _bounds(examiner, verdicts)

@@ -102,6 +102,7 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
         RobustBoardError: one sentence, with the exit code of its class; no record is written.
     """
     watched = _Watched(progress or NoProgress())
+    watched.begin("data", 1)
     track = load_track(request.track)
     track = track if request.n is None else track.limited(request.n)
     dataset = load_dataset(track.dataset, data_dirs=data_folders(request.data_dirs), download=request.download)
@@ -110,6 +111,7 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
     folder = request.run_dir or request.runs / track.id / entrant.info.name / _run_name(entrant, request)
     _require_writable(folder)
     threads = request.threads or cores()
+    watched.begin("the model's process", 1)
     with WorkerProcess(
         device=request.device, threads=threads, load_seconds=request.load_seconds, workers=workers
     ) as worker:

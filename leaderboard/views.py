@@ -155,11 +155,15 @@ def _row(record: Record, entry: Entry | None, slug: str, columns: list[Column]) 
         true_span=charts.Span(charts.position(low), charts.position(low), charts.position(high)),
         stages=stages,
         diagnostics=json.dumps(record.diagnostics, indent=2, ensure_ascii=False) if record.diagnostics else "",
-        hyper=[
-            (key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-            for key, value in record.hyper.items()
-        ],
+        hyper=[(key, _plain(value)) for key, value in record.hyper.items()],
     )
+
+
+def _plain(value: object) -> str:
+    """A setting as text; six digits do on a page, as the download has them all."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _measured(record: Record, key: str) -> bool:
