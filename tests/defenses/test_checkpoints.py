@@ -62,5 +62,5 @@ def test_a_failed_write_keeps_the_old_state(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written to"):
+    with pytest.raises(OutputError, match="cannot be written"):
         CheckpointStore(tmp_path / "file").save("run", {"step": 1})

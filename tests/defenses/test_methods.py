@@ -173,7 +173,7 @@ def test_verified_cross_entropy_is_that_of_the_worst_logits() -> None:
 def test_interval_methods_refuse_l2_in_a_sentence(name: str) -> None:
     data, defense = data_of(batch()), registry.create(name)
     reason = defense.unsuited(data, L2)
-    assert reason == f"{name} trains on interval bounds, which follow L-inf boxes, so it does not suit an l2 track."
+    assert reason == f"{name} trains on interval bounds of L-inf boxes, so it does not suit an l2 track."
     with pytest.raises(DefenseError, match="does not suit an l2 track"):
         defense.fit(data, L2, seed=0, device=torch.device("cpu"), progress=NoProgress(), checkpoints=CheckpointStore())
 
