@@ -1,7 +1,7 @@
 """Our whole verdict (attacks, bounds, crossed audit, corruptions) beside AutoAttack alone, in one run on one machine.
 
-Run with `make bench`. The ratio of the two times and both robust accuracies stand in the report's extra columns;
-nothing here passes or fails on time.
+Run with `make bench`. The ratio of the two times and both robust accuracies are printed after the table; nothing here
+passes or fails on time.
 """
 
 from __future__ import annotations
