@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,11 +51,13 @@ class Entrant(ABC):
     Attributes:
         info: who it is.
         code_sha256: of a submission's model code.
+        key: tells it from others of its name that can end differently, as part of a folder's name.
         hyper: the hyper-parameters of a training.
         seeds: the seeds of a training.
     """
 
     info: DefenseInfo
+    key: str
     code_sha256: str | None = None
     hyper: Mapping[str, Any]
     seeds: Mapping[str, int]
@@ -83,6 +86,10 @@ class TrainedEntrant(Entrant):
         hyper = self._adapter.hyper(self._data, track.threat)
         self.hyper = dataclasses.asdict(hyper)
         self.seeds = {"training": seed}
+        self.key = f"seed-{seed}"
+        if overrides:
+            chosen = json.dumps({name: str(value) for name, value in overrides.items()}, sort_keys=True)
+            self.key += f"-{hashlib.sha256(chosen.encode()).hexdigest()[:8]}"
         self.info = _card_info(self._adapter.card, architecture=str(self.hyper.get("architecture", "")))
 
     def enter(self, worker: WorkerProcess, folder: Path, progress: Progress) -> Brought:
@@ -119,6 +126,8 @@ class SubmittedEntrant(Entrant):
     def __init__(self, manifest: Path) -> None:
         self._submission = read_manifest(manifest)
         self.code_sha256 = self._submission.code_sha256
+        content = self._submission.code_sha256 + self._submission.weights_sha256
+        self.key = f"files-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
         self.hyper = {}
         self.seeds = {}
         self.info = _submission_info(self._submission)

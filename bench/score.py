@@ -8,7 +8,6 @@ and whole, so a run directory with a record is a finished run.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from safetensors.numpy import save as to_safetensors
 from torch import nn
 
 from robustboard.bench.datasets import data_folders, from_arrays, load_dataset
-from robustboard.bench.entrants import Entrant, find_entrant
+from robustboard.bench.entrants import find_entrant
 from robustboard.bench.environment import cores
 from robustboard.bench.evaluate import Engine, Evaluation, evaluate
 from robustboard.bench.examiner import Floats
@@ -108,7 +107,8 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
     dataset = load_dataset(track.dataset, data_dirs=data_folders(request.data_dirs), download=request.download)
     track, examples = resolve(track, dataset), select(track, dataset)
     entrant = find_entrant(request.defense, request.overrides, track, dataset, seed=request.seed)
-    folder = request.run_dir or request.runs / track.id / entrant.info.name / _run_name(entrant, request)
+    run = entrant.key if request.engine == "cascade" else f"{entrant.key}-{request.engine}"
+    folder = request.run_dir or request.runs / track.id / entrant.info.name / run
     _require_writable(folder)
     threads = request.threads or cores()
     watched.begin("the model's process", 1)
@@ -199,17 +199,6 @@ def score(
         device=str(device),
         threads=torch.get_num_threads(),
     )
-
-
-def _run_name(entrant: Entrant, request: Request) -> str:
-    """A folder name that tells runs apart that can end differently."""
-    parts = [f"seed-{request.seed}"] if entrant.seeds else [f"code-{(entrant.code_sha256 or '')[:8]}"]
-    if request.overrides:
-        settings = json.dumps({name: str(value) for name, value in request.overrides.items()}, sort_keys=True)
-        parts.append(hashlib.sha256(settings.encode()).hexdigest()[:8])
-    if request.engine != "cascade":
-        parts.append(request.engine)
-    return "-".join(parts)
 
 
 def _pack(found: Evaluation, file: BinaryIO) -> None:

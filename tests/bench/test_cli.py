@@ -13,6 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from robustboard.bench.datasets import load_dataset
+from robustboard.bench.entrants import find_entrant
+from robustboard.bench.protocol import load_track
 from robustboard.leaderboard.record import load
 
 FAULTS = Path(__file__).resolve().parents[1] / "faults"
@@ -171,6 +174,21 @@ def test_a_gate_takes_back_the_record_of_the_same_run(run, make_submission, quad
     assert list((tmp_path / "runs").rglob("record.json"))
     _refused(run(*words, "--json", PYTHONPATH=str(FAULTS / "half_eps")), code=1)
     assert not list((tmp_path / "runs").rglob("record.json"))
+
+
+def test_other_weights_are_another_run(make_submission, quadrant_track):
+    """Two networks of one name and code must not share, and so mix, a run directory."""
+    track = load_track(quadrant_track)
+    data = load_dataset(track.dataset)
+    manifest = make_submission()
+
+    def key() -> str:
+        return find_entrant(str(manifest), {}, track, data, seed=0).key
+
+    before = key()
+    assert key() == before
+    np.savez(manifest.with_name("weights.npz"), **{"layer.weight": np.ones((4, 16)), "layer.bias": np.zeros(4)})
+    assert key() != before
 
 
 def test_a_module_of_the_current_folder_does_not_reach_the_worker(run, make_submission, quadrant_track, tmp_path):
