@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from types import TracebackType
 from typing import Self
 
@@ -68,15 +67,13 @@ class JobBar:
         self._bars = bars
         self._name = name
         self._task: TaskID | None = None
-        self._lock = threading.Lock()
 
     def begin(self, stage: str, total: int) -> None:
         """Start the stage's bar in place of the last one."""
-        with self._lock:
-            self._drop()
-            self._task = self._bars.add(f"{escape(self._name)}  [cyan]{escape(stage)}", total)
-            if not self._bars.live:
-                self._bars.console.print(f"{self._name}: {stage}", markup=False, highlight=False)
+        self.end()
+        self._task = self._bars.add(f"{escape(self._name)}  [cyan]{escape(stage)}", total)
+        if not self._bars.live:
+            self._bars.console.print(f"{self._name}: {stage}", markup=False, highlight=False)
 
     def advance(self, steps: int = 1) -> None:
         """Move the bar on."""
@@ -90,10 +87,6 @@ class JobBar:
 
     def end(self) -> None:
         """Take the bar away."""
-        with self._lock:
-            self._drop()
-
-    def _drop(self) -> None:
         if self._task is not None:
             self._bars.remove(self._task)
             self._task = None

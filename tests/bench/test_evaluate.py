@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from importlib import util
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,32 +14,31 @@ from torch import nn
 
 import robustboard
 from robustboard.attacks import bounds
+from robustboard.attacks.keyed import content_hash
 from robustboard.attacks.threat import ThreatModel
 from robustboard.bench import operations
 from robustboard.errors import GateError, ModelError
 
 
-def _quadrants():
-    from importlib import util
-    from pathlib import Path
-
+def _conftest() -> ModuleType:
+    # Values for parameters and module level, where a fixture cannot reach.
     spec = util.spec_from_file_location("bench_conftest", Path(__file__).with_name("conftest.py"))
     module = util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.quadrants(), module.quadrant_weights()
+    return module
+
+
+DATA, WEIGHTS = _conftest().quadrants(), _conftest().quadrant_weights()
 
 
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(16, 4)
-        self.load_state_dict({name: torch.from_numpy(value) for name, value in _quadrants()[1].items()})
+        self.load_state_dict({name: torch.from_numpy(value) for name, value in WEIGHTS.items()})
 
     def forward(self, x):
         return self.layer(x.flatten(1))
-
-
-DATA = _quadrants()[0]
 
 
 def _track(**changes):
@@ -71,8 +73,6 @@ def test_verdicts_are_the_truth(record):
     truth = np.where(radius > 0.05, "certified", "broken")
     truth[radius <= 0] = "misclassified"
     by_rank = record.outcomes.set_index("example")["verdict"]
-    from robustboard.attacks.keyed import content_hash
-
     found = np.array([by_rank[content_hash(image)] for image in DATA[0]])
     np.testing.assert_array_equal(found, truth)
     assert set(truth) >= {"certified", "broken"}, "the test data must hold both"
