@@ -17,7 +17,7 @@ from robustboard.bench.protocol import load_track
 from robustboard.bench.score import Request, Scored, score_defense
 from robustboard.defenses import registry
 from robustboard.leaderboard.record import Record
-from robustboard.leaderboard.site import build_site
+from robustboard.leaderboard.site import build_site, check_target
 
 TRACK = "digits-linf@1"
 
@@ -53,6 +53,7 @@ def run_demo(*, runs: Path, out: Path, jobs: int | None, bars: Bars) -> Demo:
     reasons = {name: why_unsuited(name, track, dataset) for name in registry.names()}
     suited = [name for name, reason in reasons.items() if reason is None]
 
+    check_target(out)
     uri = mlflow_store.local_uri(runs)
     mlflow_store.check(uri)
     scored = _score_all(suited, runs=runs, jobs=jobs or cores(), bars=bars)

@@ -46,7 +46,7 @@ def build_site(records: Iterable[Record], out: Path, *, title: str = "RobustBoar
     """
     files = render_site(records, title=title)
     try:
-        _check_target(out)
+        check_target(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
@@ -138,7 +138,12 @@ def _slugs(ranked: Sequence[Board]) -> list[str]:
     ]
 
 
-def _check_target(out: Path) -> None:
+def check_target(out: Path) -> None:
+    """Refuse a place that `build_site` would refuse, for a caller with long work before it.
+
+    Raises:
+        OutputError: if `out` is there and holds something that is not such a site.
+    """
     if not out.exists():
         return
     if not out.is_dir():

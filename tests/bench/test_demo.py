@@ -14,7 +14,7 @@ from robustboard.bench import demo
 from robustboard.bench.process import WorkerProcess
 from robustboard.bench.progress import Bars
 from robustboard.defenses import registry
-from robustboard.errors import DefenseError, WorkerError
+from robustboard.errors import DefenseError, OutputError, WorkerError
 from robustboard.leaderboard.record import load_all
 
 
@@ -38,6 +38,14 @@ def test_one_failing_job_ends_the_others_and_is_the_one_that_is_named(monkeypatc
         demo._score_all(["slow", "bad", "later"], runs=tmp_path, jobs=2, bars=bars)
     assert time.monotonic() - began < 50
     assert ended in ([], ["slow"]), "a job that had not begun must not begin any more"
+
+
+def test_a_site_that_cannot_be_written_is_refused_before_any_training(tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "thesis.tex").write_text("not a site")
+    with pytest.raises(OutputError, match="not a RobustBoard site"):
+        demo.run_demo(runs=tmp_path / "runs", out=tmp_path / "site", jobs=1, bars=Bars(Console(file=io.StringIO())))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow
