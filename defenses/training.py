@@ -10,9 +10,9 @@ import contextlib
 import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypedDict, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,21 @@ class Recipe:
 
 
 Objective = Callable[[Batch], Tensor]
+
+
+class Controller(Protocol):
+    """What steers a training from epoch to epoch, such as a weight that follows validation figures."""
+
+    def epoch_end(self, epoch: int) -> Mapping[str, float]:
+        """Called after each epoch (counted from 1), before its checkpoint; returns numbers to log beside the loss."""
+
+    def state(self) -> Mapping[str, Any]:
+        """What a resumed training needs, in the types that a `CheckpointStore` keeps."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` returned."""
+
+
 Hyper = TypeVar("Hyper", bound=Recipe)
 
 
@@ -151,22 +166,39 @@ def train(
     device: torch.device,
     progress: Progress,
     checkpoints: CheckpointStore,
+    controller: Controller | None = None,
+    frozen_statistics: bool = False,
 ) -> nn.Module:
     """Minimise `objective` and return `model`, trained, in eval mode on `device`.
 
-    After every epoch the state goes to `checkpoints` under `name`; a state of the very same training (method, recipe,
-    seed, radius and data) is continued, any other is ignored. The global random state is left as it was.
+    Only parameters that require a gradient move. After every epoch the state goes to `checkpoints` under `name`; a
+    state of the very same training (method, recipe, seed, radius, data and initial weights) is continued, any other is
+    ignored. The global random state is left as it was.
+
+    Args:
+        model: the initial network.
+        objective: the loss of a mini-batch.
+        data: what to train on.
+        recipe: how the weights move.
+        threat: what the network is to withstand.
+        name: of the checkpoint, and of the progress bar.
+        seed: of all that is drawn.
+        device: where to train.
+        progress: told about every step and epoch.
+        checkpoints: where states are kept.
+        controller: steers the training between epochs.
+        frozen_statistics: train in eval mode, so that running statistics stay as they are and dropout is off.
 
     Raises:
         DefenseError: if there are no training images, or the loss stops being a finite number.
     """
     if not len(data.train):
         raise DefenseError(f"{name} cannot be trained on {data.name}: its training split is empty.")
-    model.to(device).train()
+    model.to(device).train(not frozen_statistics)
     optimizer = _optimizer(model, recipe)
-    identity = _identity(name, recipe, threat, seed, data)
+    identity = _identity(name, recipe, threat, seed, data, model)
     steps = math.ceil(len(data.train) / recipe.batch_size)
-    first = _resume(checkpoints.load(name), identity, model, optimizer)
+    first = _resume(checkpoints.load(name), identity, model, optimizer, controller)
     progress.begin(f"train {name}", recipe.epochs * steps)
     if first:
         progress.advance(first * steps)
@@ -193,6 +225,7 @@ def train(
         mean = float(total) / len(data.train)
         if not math.isfinite(mean):
             raise DefenseError(f"The training of {name} diverged in epoch {epoch + 1}; try a smaller lr.")
+        told = {} if controller is None else dict(controller.epoch_end(epoch + 1))
         checkpoints.save(
             name,
             {
@@ -200,9 +233,10 @@ def train(
                 "epochs": epoch + 1,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
+                "controller": {} if controller is None else dict(controller.state()),
             },
         )
-        progress.note(epoch=epoch + 1, loss=mean, validation=accuracy(model, data.validation))
+        progress.note(epoch=epoch + 1, loss=mean, validation=accuracy(model, data.validation), **told)
     return model.eval()
 
 
@@ -251,25 +285,38 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    return torch.optim.SGD(model.parameters(), lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
+        return torch.optim.Adam(moving, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(moving, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
 
 
-def _identity(name: str, recipe: Recipe, threat: ThreatModel, seed: int, data: TrainingData) -> str:
-    words = hashlib.sha256(repr((name, recipe, threat, seed, data.classes)).encode())
-    for tensor in (data.train.images, data.train.labels):
+def _identity(
+    name: str, recipe: Recipe, threat: ThreatModel, seed: int, data: TrainingData, initial: nn.Module
+) -> str:
+    moving = [key for key, parameter in initial.named_parameters() if parameter.requires_grad]
+    words = hashlib.sha256(repr((name, recipe, threat, seed, data.classes, moving)).encode())
+    start = (value.detach().cpu() for value in initial.state_dict().values())
+    for tensor in (data.train.images, data.train.labels, *start):
         words.update(repr(tuple(tensor.shape)).encode())
         words.update(tensor.contiguous().numpy().data)
     return words.hexdigest()
 
 
-def _resume(state: dict[str, Any] | None, identity: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put a kept state into the model and the optimizer; how many epochs it holds, 0 if it is of another training."""
+def _resume(
+    state: dict[str, Any] | None,
+    identity: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    controller: Controller | None,
+) -> int:
+    """Put a kept state where it belongs; how many epochs it holds, 0 if it is of another training."""
     if state is None or state.get("identity") != identity:
         return 0
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    if controller is not None:
+        controller.restore(state["controller"])
     return int(state["epochs"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from robustboard.attacks.threat import ThreatModel
 from robustboard.defenses import registry
-from robustboard.defenses.adapter import CheckpointStore, NoProgress, Split, TrainingData
+from robustboard.defenses.adapter import CheckpointStore, NoProgress, Progress, Split, TrainingData
 from robustboard.defenses.batches import Batch, augmented, epoch_batches
 from robustboard.defenses.training import Recipe, accuracy, evaluating, fresh_model, learning_rate, sized, train
 from robustboard.errors import DefenseError
@@ -292,3 +292,76 @@ def test_large_data_sets_get_fewer_epochs() -> None:
 def test_impossible_hyper_parameters_are_refused(name: str, overrides: dict[str, object], sentence: str) -> None:
     with pytest.raises(DefenseError, match=sentence):
         registry.create(name, overrides).hyper(blobs(), LINF)
+
+
+class Counts:
+    """A controller whose state is how often it was called."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def epoch_end(self, epoch: int) -> dict[str, float]:
+        self.calls += 1
+        return {"called": self.calls, "at": epoch}
+
+    def state(self) -> dict[str, int]:
+        return {"calls": self.calls}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        self.calls = state["calls"]
+
+
+def steered(
+    store: CheckpointStore, progress: Progress, *, start: float = 1.0, frozen: bool = False
+) -> tuple[nn.Module, Counts]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[4].weight.mul_(start)  # type: ignore[operator]
+    model[2].requires_grad_(requires_grad=False)
+    counts = Counts()
+    train(
+        model,
+        lambda batch: functional.cross_entropy(model(batch.images), batch.labels),
+        blobs(),
+        Recipe(architecture="given", epochs=3, batch_size=8),
+        threat=LINF,
+        name="steered",
+        seed=0,
+        device=torch.device("cpu"),
+        progress=progress,
+        checkpoints=store,
+        controller=counts,
+        frozen_statistics=frozen,
+    )
+    return model, counts
+
+
+def test_a_resumed_controller_continues_where_it_was(tmp_path: Path) -> None:
+    """Killed in the third epoch: the controller's state comes back with the weights, and its numbers are logged."""
+    with pytest.raises(Killed):
+        steered(CheckpointStore(tmp_path), Kill(2 * 4 + 2))
+    heard = Heard()
+    resumed, counts = steered(CheckpointStore(tmp_path), heard)
+    assert [(note["called"], note["at"]) for note in heard.notes] == [(3, 3)]
+    assert counts.calls == 3
+    assert same(resumed, steered(CheckpointStore(), NoProgress())[0])
+
+
+def test_a_checkpoint_of_other_initial_weights_is_ignored(tmp_path: Path) -> None:
+    steered(CheckpointStore(tmp_path), NoProgress())
+    heard = Heard()
+    steered(CheckpointStore(tmp_path), heard, start=2.0)
+    assert len(heard.notes) == 3
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_frozen_parameters_and_statistics_stay(frozen: bool) -> None:
+    model, _ = steered(CheckpointStore(), NoProgress(), frozen=frozen)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        fresh = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert torch.equal(model[2].weight, fresh[2].weight)
+    assert not torch.equal(model[4].weight, fresh[4].weight)
+    assert torch.equal(model[1].running_mean, fresh[1].running_mean) is frozen
