@@ -291,9 +291,7 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(moving, lr=recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay)
 
 
-def _identity(
-    name: str, recipe: Recipe, threat: ThreatModel, seed: int, data: TrainingData, initial: nn.Module
-) -> str:
+def _identity(name: str, recipe: Recipe, threat: ThreatModel, seed: int, data: TrainingData, initial: nn.Module) -> str:
     moving = [key for key, parameter in initial.named_parameters() if parameter.requires_grad]
     words = hashlib.sha256(repr((name, recipe, threat, seed, data.classes, moving)).encode())
     start = (value.detach().cpu() for value in initial.state_dict().values())
