@@ -53,6 +53,12 @@ class OutputError(RobustBoardError):
     """A result cannot be written where it was asked for."""
 
 
+class FindingError(RobustBoardError):
+    """What was measured again differs from what is published."""
+
+    exit_code = 1
+
+
 class GateError(RobustBoardError):
     """An example is both certified and broken, or a stored break does not hold: a bug, so nothing is published."""
 

@@ -52,11 +52,11 @@ def test_mlflow_is_imported_in_one_place_only():
 
 
 def _modules() -> list[str]:
+    files = (file for room in sorted(MAY_IMPORT) for file in sorted((ROOT / room).rglob("*.py")))
     return sorted(m.name for m in pkgutil.walk_packages(robustboard.__path__, "robustboard.")) + [
-        f"robustboard.{room}.{m.name}"
-        for room in sorted(MAY_IMPORT)
-        for m in pkgutil.iter_modules([str(ROOT / room)])
-        if not m.ispkg
+        ".".join(("robustboard", *file.relative_to(ROOT).with_suffix("").parts))
+        for file in files
+        if file.name != "__init__.py"
     ]
 
 
