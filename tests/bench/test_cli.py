@@ -264,3 +264,15 @@ def test_lists_parse_as_json(run, command):
     done = run(command, "--json")
     assert done.returncode == 0
     assert len(json.loads(done.stdout)) >= 6
+
+
+def test_claims_are_listed_with_their_rules(run):
+    done = run("claims", "rift", "--json")
+    assert done.returncode == 0
+    listed = json.loads(done.stdout)
+    assert {one["defense"] for one in listed} == {"rift"}
+    assert all(one["rule"] and one["paper"] for one in listed)
+
+
+def test_an_unknown_claim_is_one_sentence(run):
+    assert "There is no claim 'perpetual-motion'" in _refused(run("claims", "--verify", "perpetual-motion"))
