@@ -6,12 +6,14 @@ The attacks here are one a module. The reference engine (`robustboard.attacks.au
 
 from robustboard.attacks.counting import PassCounter
 from robustboard.attacks.fgsm import fgsm
+from robustboard.attacks.jsma import JsmaResult, jsma
 from robustboard.attacks.losses import LOSSES, applicable_losses, cross_entropy, dlr, margin_loss
 from robustboard.attacks.pgd import ascend, pgd
 from robustboard.attacks.threat import ThreatModel
 
 __all__ = [
     "LOSSES",
+    "JsmaResult",
     "PassCounter",
     "ThreatModel",
     "applicable_losses",
@@ -19,6 +21,7 @@ __all__ = [
     "cross_entropy",
     "dlr",
     "fgsm",
+    "jsma",
     "margin_loss",
     "pgd",
 ]

@@ -1,25 +1,13 @@
 """Verified bounds: which examples provably keep their class over the whole threat model.
 
-A certificate here is numerical: it comes from floating-point arithmetic that rounds to nearest. What stands between it
-and float error is
-
-- the threat model, rounded outward, and so is its image under a leading normalisation;
-- float64, in which all bounds are computed. Their own error is then some 1e-12 of the logits (float32 shows 1e-5);
-- a tolerance that the smallest margin must exceed. It covers what float64 cannot: the classifier as it is used runs in
-  float32, and near a margin of zero its answer is decided by rounding. It is `TOLERANCE` times the largest logit (at
-  least 1), a hundred times the usual error of a float32 forward pass, and never less than ten times the error seen
-  between float32 and float64 on the example itself and on two corners of its box.
-
-A model whose code insists on float32 is bounded in float32, and then `TOLERANCE_FLOAT32` applies.
+The bounds are auto_LiRPA's; `proofs` says when a floating-point bound counts as a proof, and `own_certificates` holds
+the exact bounds of networks that have them.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -27,37 +15,26 @@ from torch import Tensor, nn
 from robustboard.attacks.bound_memory import Need, estimate
 from robustboard.attacks.bounded_network import METHODS, Ball, BoundedNetwork, Slope
 from robustboard.attacks.bounded_view import shared_view
+from robustboard.attacks.proofs import (
+    LARGEST_BATCH,
+    TOLERANCE,
+    TOLERANCE_FLOAT32,
+    Bounds,
+    correctly_classified,
+    nothing_known,
+    outer_radius,
+    rounded_down,
+    seen_margins,
+)
+from robustboard.attacks.quadratic import QuadraticNetwork
 from robustboard.attacks.threat import ThreatModel
 from robustboard.errors import BoundsError, first_line
 
 __all__ = ["METHODS", "TOLERANCE", "TOLERANCE_FLOAT32", "BoundedNetwork", "Bounds", "Slope", "certify"]
 
-TOLERANCE = 1e-4
-TOLERANCE_FLOAT32 = 1e-2
 # Measured: on a CPU larger chunks are slower once their coefficients outgrow the caches, since a neuron that is
 # unstable for any example of a chunk is bounded for all of them.
 _CPU_CHUNK_BYTES = {"ibp": 64 << 20, "crown-ibp": 64 << 20, "crown": 64 << 20, "alpha-crown": 256 << 20}
-_LARGEST_CHUNK = 128
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What is proved about N examples.
-
-    Attributes:
-        margins: float32 (N, K), rounded down: a lower bound on z_y - z_j over the threat model, +inf at j = y, and -inf
-            where nothing is known (also for every class of an example that is misclassified as it stands).
-        certified: bool (N,): classified correctly, and every margin exceeds the example's tolerance.
-        tolerance: the least tolerance, relative to max(1, largest logit); see the module's text.
-        reason: one sentence that says why nothing is known, or None.
-        notes: sentences that say what the bounds leave out, such as the pixel box of an L2 ball.
-    """
-
-    margins: Tensor
-    certified: Tensor
-    tolerance: float
-    reason: str | None
-    notes: tuple[str, ...] = ()
 
 
 def certify(
@@ -114,14 +91,14 @@ def certify(
             raise BoundsError(
                 f"{method} bounds of one example need about {_size(need)}, more than the {_size(memory_bytes)} allowed."
             )
-        correct = judge.correct(images, labels)
+        correct = correctly_classified(model, images, labels, judge.network.device)
         tell(int((~correct).sum()))
         chunk = judge.chunk(memory_bytes)
         return judge.judge(images, labels, correct, chunk, tell)
     except BoundsError as error:
-        return _nothing_known(labels, classes, str(error))
+        return nothing_known(labels, classes, str(error))
     except Exception as error:  # third-party code on third-party models: the run goes on without these bounds
-        return _nothing_known(labels, classes, f"{method} bounds of this network failed: {first_line(error)}.")
+        return nothing_known(labels, classes, _why(model, method, error))
 
 
 class _Judge:
@@ -146,18 +123,11 @@ class _Judge:
         """How many examples are bounded at a time."""
         on_cpu = self.network.device.type == "cpu"
         allowed = min(memory_bytes, _CPU_CHUNK_BYTES[self.method]) if on_cpu else memory_bytes
-        return max(1, min(_LARGEST_CHUNK, allowed // self.need.of(self.method)))
-
-    def correct(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Which examples the classifier itself, as it is used, classifies correctly; bool (N,)."""
-        with torch.no_grad():
-            parts = [self.model(part.to(self.network.device)) for part in torch.split(images, _LARGEST_CHUNK)]
-        logits = torch.cat(parts).to(labels.device)
-        return (logits.argmax(dim=1) == labels) & logits.isfinite().all(dim=1)
+        return max(1, min(LARGEST_BATCH, allowed // self.need.of(self.method)))
 
     def judge(self, images: Tensor, labels: Tensor, correct: Tensor, chunk: int, tell: Callable[[int], None]) -> Bounds:
         """Bound all examples that are `correct`, at most `chunk` at a time."""
-        bounds = _nothing_known(labels, self.network.classes, None, tolerance=self.tolerance, notes=self.notes)
+        bounds = nothing_known(labels, self.network.classes, None, tolerance=self.tolerance, notes=self.notes)
         waiting = correct.nonzero().flatten()
         while len(waiting):
             now = waiting[:chunk]
@@ -192,27 +162,16 @@ class _Judge:
                 f"The {self.method} bounds contradict the network's own logits, so none of them is used; "
                 "auto_LiRPA bounds one of its operators wrongly."
             )
-        return _rounded_down(margins), margins.amin(dim=1) > tolerance
+        return rounded_down(margins), margins.amin(dim=1) > tolerance
 
     def _seen(self, points: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The smallest margins (N, K) at some allowed points, and each example's tolerance (N,)."""
-        margins, scale, error = [], [], []
         with torch.no_grad():
-            for point in points:
-                exact, used = self.exact(point.to(self.network.dtype)), self.model(point)
-                margins.append(exact.gather(1, labels[:, None]) - exact)
-                scale.append(exact.abs().amax(dim=1).clamp(min=1.0))
-                error.append((exact - used).abs().amax(dim=1))
-        largest = torch.stack(scale).amax(dim=0)
-        tolerance = torch.maximum(self.tolerance * largest, 10 * torch.stack(error).amax(dim=0))
-        return torch.stack(margins).amin(dim=0).scatter(1, labels[:, None], torch.inf), tolerance
+            exact = [self.exact(point.to(self.network.dtype)) for point in points]
+            used = [self.model(point) for point in points]
+        return seen_margins(exact, used, labels, least=self.tolerance)
 
     def _margins(self, images: Tensor, labels: Tensor, lower: Tensor, upper: Tensor, method: str) -> Tensor:
-        eps = self.threat.eps
-        ball = None
-        if self.threat.norm == "l2" and method != "ibp":
-            above = float(eps)
-            ball = Ball(images, above if Fraction(above) >= eps else math.nextafter(above, math.inf))
+        ball = Ball(images, outer_radius(self.threat)) if self.threat.norm == "l2" and method != "ibp" else None
         with torch.no_grad():
             margins = self.network.margins(
                 labels, lower=lower, upper=upper, method=method, ball=ball, iterations=self.iterations
@@ -231,18 +190,10 @@ def _in_widest_type(model: nn.Module, image: Tensor, classes: int) -> tuple[Boun
         return BoundedNetwork(narrow, image.to(device), classes=classes), narrow
 
 
-def _nothing_known(
-    labels: Tensor, classes: int, reason: str | None, *, tolerance: float = TOLERANCE, notes: tuple[str, ...] = ()
-) -> Bounds:
-    margins = torch.full((len(labels), classes), -torch.inf, device=labels.device)
-    margins = margins.scatter(1, labels[:, None], torch.inf)
-    certified = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
-    return Bounds(margins, certified, tolerance, reason, notes)
-
-
-def _rounded_down(margins: Tensor) -> Tensor:
-    nearest = margins.float()
-    return torch.where(nearest > margins, torch.nextafter(nearest, torch.full_like(nearest, -torch.inf)), nearest)
+def _why(model: nn.Module, method: str, error: Exception) -> str:
+    if method in ("crown", "alpha-crown") and any(isinstance(module, QuadraticNetwork) for module in model.modules()):
+        return "auto_LiRPA's CROWN and alpha-CROWN do not bound a quadratic activation."
+    return f"{method} bounds of this network failed: {first_line(error)}."
 
 
 def _out_of_memory(error: Exception) -> bool:

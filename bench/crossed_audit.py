@@ -50,7 +50,7 @@ def crossed_audit(examiner: Examiner, verdicts: Verdicts, *, all_attacked: bool)
 
 
 def _bound_the_broken(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> None:
-    methods = examiner.track.bounds.methods
+    methods = examiner.bound_methods
     bounded = np.zeros(len(verdicts.labels), dtype=bool)
     examiner.progress.begin("audit: bounds", int(verdicts.broken.sum()) * len(methods))
     for method in methods:

@@ -30,7 +30,8 @@ class Evaluation:
         outcomes: the outcome table.
         adversarial: row -> the stored image (C, H, W) that broke it.
         audit: the crossed audit's counts.
-        bound_methods: the bound methods that could run on this network, in the track's order.
+        bound_methods: the bound methods that could run on this network: the track's in its order, then the board's own
+            certificates.
         costs: stage -> cost.
         notes: what limits a stage's result, such as bounds that cannot run on this network.
         diagnostics: the warnings of the reference engine's own checks.
@@ -85,7 +86,7 @@ def evaluate(
         verdicts.table(),
         verdicts.adversarial,
         audit,
-        tuple(method for method in track.bounds.methods if examiner.bounding.get(method, True)),
+        tuple(method for method in examiner.bound_methods if examiner.bounding.get(method, True)),
         dict(examiner.costs),
         tuple(examiner.notes),
         {"autoattack": tuple(dict.fromkeys(examiner.warnings))},
@@ -110,7 +111,7 @@ def _pgd(examiner: Examiner, verdicts: Verdicts) -> None:
 
 
 def _bounds(examiner: Examiner, verdicts: Verdicts) -> None:
-    for method in examiner.track.bounds.methods:
+    for method in examiner.bound_methods:
         examiner.progress.begin(f"bounds: {method}", int(verdicts.open.sum()))
         for _, rows in examiner.shards(verdicts.open):
             certified, margins = examiner.certify("bounds", method, rows)

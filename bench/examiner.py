@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from robustboard.attacks import own_certificates
 from robustboard.bench.channel import Array
 from robustboard.bench.operations import Reply
 from robustboard.bench.protocol import Examples, Track
@@ -54,6 +55,7 @@ class Examiner:
     """Puts a track's questions to a session.
 
     Attributes:
+        bound_methods: the track's bound methods, and after `check` those of the board's own that suit the model.
         costs: stage -> what it cost so far.
         bounding: for each bound method that was asked, whether it could bound any example.
         notes: what limits a result, such as bounds that cannot run on this network.
@@ -73,6 +75,7 @@ class Examiner:
         self.images = self.examples.floats()
         self.labels = self.examples.labels
         self.threat = self.track.threat
+        self.bound_methods: tuple[str, ...] = self.track.bounds.methods
 
     def shards(self, wanted: Flags) -> Iterator[tuple[Rows, Rows]]:
         """Each canonical batch with the rows of it that are wanted, where there are any."""
@@ -84,13 +87,18 @@ class Examiner:
                 yield shard, rows
 
     def check(self) -> None:
-        """Hold the model to the classifier contract.
+        """Hold the model to the classifier contract, and learn whether the board has certificates of its own for it.
 
         Raises:
             ModelError: naming the rule that it breaks.
         """
         sample = self.images[:_CHECKED_IMAGES]
-        self._call("check", "check", {"classes": self.examples.classes}, {"images": sample})
+        found = self._call("check", "check", {"classes": self.examples.classes}, {"images": sample}).values
+        own = found.get("own_bounds", [])
+        self.bound_methods = (
+            *self.track.bounds.methods,
+            *(method for method in own_certificates.METHODS if isinstance(own, list) and method in own),
+        )
 
     def reference_checks(self) -> None:
         """Ask the reference engine's own checks about the first shard; what they say goes to `warnings`."""

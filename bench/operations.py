@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robustboard.attacks import autoattack, bounds
+from robustboard.attacks import autoattack, bounds, own_certificates
 from robustboard.attacks.counting import PassCounter
 from robustboard.attacks.pgd import pgd
 from robustboard.attacks.threat import ThreatModel
@@ -57,6 +57,8 @@ class Operations:
         self._model = model
         self._device = device
         self._on_forwards = on_forwards
+        # Asked before any operation hooks the model to count its passes.
+        self._own_bounds = own_certificates.applicable(model)
         self._table: dict[str, Callable[[Mapping[str, Any], Mapping[str, Array]], Reply]] = {
             "check": self._check,
             "predict": self._predict,
@@ -90,8 +92,9 @@ class Operations:
         return self._tensor(arrays["images"]), self._tensor(arrays["labels"])
 
     def _check(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
+        """The classifier contract; the reply names the certificates of the board's own that suit the model."""
         check_classifier(self._model, self._tensor(arrays["images"]), classes=int(params["classes"]))
-        return Reply({}, {})
+        return Reply({"own_bounds": list(self._own_bounds)}, {})
 
     def _predict(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
         """Logits of one canonical batch, on one thread: the pass that verdicts rest on."""
@@ -139,17 +142,19 @@ class Operations:
 
     def _certify(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
         images, labels = self._images(arrays)
-        result = bounds.certify(
-            self._model,
-            images,
-            labels,
-            threat=_threat(params),
-            method=params["method"],
-            classes=params["classes"],
-            iterations=params["iterations"],
-            memory_bytes=params["memory_bytes"],
-            on_examples=self._on_forwards,
-        )
+        asked = {"threat": _threat(params), "method": params["method"], "classes": params["classes"]}
+        if params["method"] in self._own_bounds:
+            result = own_certificates.certify(self._model, images, labels, **asked, on_examples=self._on_forwards)
+        else:
+            result = bounds.certify(
+                self._model,
+                images,
+                labels,
+                **asked,
+                iterations=params["iterations"],
+                memory_bytes=params["memory_bytes"],
+                on_examples=self._on_forwards,
+            )
         return Reply(
             {"notes": [*([result.reason] if result.reason else []), *result.notes]},
             {"margins": result.margins.cpu().numpy(), "certified": result.certified.cpu().numpy()},

@@ -242,7 +242,9 @@ CLAIMS = (
         rule="Reproduced if FGSM's error is at least 95 %, its interval above that of random signs of the same size.",
         measure=linear_model,
         judge=judge_linear,
-        note="At 1/4 random signs alone fool softmax regression often; the control says how often.",
+        note="At 1/4 random signs alone fool softmax regression often; the control says how often. A first form of the "
+        "rule wanted them to fool it less than half as often as FGSM; that condition was ours, not the paper's, and "
+        "was dropped after a run in which noise erred on 53.6 % and FGSM on all.",
     ),
     PaperClaim(
         id="standard-noise-and-averaging",
