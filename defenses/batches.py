@@ -40,7 +40,15 @@ class Batch:
 
 
 def epoch_batches(
-    split: Split, *, size: int, augment: bool, epoch: int, epochs: int, seed: int, device: torch.device
+    split: Split,
+    *,
+    size: int,
+    augment: bool,
+    epoch: int,
+    epochs: int,
+    seed: int,
+    device: torch.device,
+    stratified: bool = False,
 ) -> Iterator[Batch]:
     """One pass over a split in random order.
 
@@ -52,15 +60,33 @@ def epoch_batches(
         epochs: how many there are.
         seed: of the order, the augmentations and the batches' draws.
         device: where the batches go.
+        stratified: every mini-batch holds the classes in the proportions of the split, but for an image or two.
     """
     draws = generator(seed, "mini-batches", epoch)
-    parts = torch.randperm(len(split), generator=draws).tensor_split(math.ceil(len(split) / size))
+    order = torch.randperm(len(split), generator=draws)
+    if stratified:
+        order = spread(order, split.labels)
+    parts = order.tensor_split(math.ceil(len(split) / size))
     for step, chosen in enumerate(parts):
         images = split.images[chosen]
         if augment:
             images = augmented(images, draws)
         done = (epoch + step / len(parts)) / epochs
         yield Batch(images.to(device), split.labels[chosen].to(device), done, draws)
+
+
+def spread(order: Tensor, labels: Tensor) -> Tensor:
+    """The order (N,) with every class spread evenly over it; within a class the order stays.
+
+    >>> spread(torch.arange(6), torch.tensor([0, 0, 0, 0, 1, 1]))
+    tensor([0, 4, 1, 2, 5, 3])
+    """
+    place = torch.empty(len(order), dtype=torch.float64)
+    for label in torch.bincount(labels).nonzero().flatten():
+        mine = labels[order] == label
+        count = int(mine.sum())
+        place[mine] = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return order[place.argsort(stable=True)]
 
 
 def augmented(images: Tensor, draws: torch.Generator) -> Tensor:

@@ -23,38 +23,50 @@ from robustboard.defenses.training import GradientDefense, Objective, Recipe, de
 
 
 @dataclass(frozen=True, kw_only=True)
-class IbpHyper(Recipe):
-    """The schedule of certified training.
+class RampHyper(Recipe):
+    """The radius of certified training.
 
     Attributes:
         warmup: the share of the training that passes before the radius grows.
         ramp: the share over which it grows, linearly, to its final value.
-        kappa: the final weight of the clean loss; it starts at 1.
         eps_scale: the final training radius over the track's; the papers train with more than they certify.
     """
 
     warmup: float = 0.05
     ramp: float = 0.5
-    kappa: float = 0.5
     eps_scale: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.warmup < 0 or self.ramp <= 0 or self.warmup + self.ramp > 1:
             raise ValueError(f"warmup and ramp must be shares of the training, not {self.warmup:g} and {self.ramp:g}")
-        if not 0 <= self.kappa <= 1 or self.eps_scale <= 0:
-            raise ValueError(
-                f"kappa must lie in [0, 1] and eps_scale be positive, not {self.kappa:g} and {self.eps_scale:g}"
-            )
+        if self.eps_scale <= 0:
+            raise ValueError(f"eps_scale must be positive, not {self.eps_scale:g}")
 
     def growth(self, done: float) -> float:
         """The radius as a share of its final value, after the share `done` of the training.
 
-        >>> hyper = IbpHyper(architecture="mlp-10", epochs=10, warmup=0.2, ramp=0.4)
+        >>> hyper = RampHyper(architecture="mlp-10", epochs=10, warmup=0.2, ramp=0.4)
         >>> [hyper.growth(done) for done in (0.1, 0.4, 0.9)]
         [0.0, 0.5, 1.0]
         """
         return min(1.0, max(0.0, (done - self.warmup) / self.ramp))
+
+
+@dataclass(frozen=True, kw_only=True)
+class IbpHyper(RampHyper):
+    """The schedule of certified training.
+
+    Attributes:
+        kappa: the final weight of the clean loss; it starts at 1.
+    """
+
+    kappa: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.kappa <= 1:
+            raise ValueError(f"kappa must lie in [0, 1], not {self.kappa:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +138,7 @@ class Ibp(GradientDefense[IbpHyper]):
 
     def unsuited(self, data: TrainingData, threat: ThreatModel) -> str | None:
         """Intervals are L-inf boxes, and bounds need auto_LiRPA."""
-        return _unsuited(self.card.name, threat)
+        return unsuited_to_intervals(self.card.name, threat)
 
     def objective(self, model: nn.Module, hyper: IbpHyper, data: TrainingData, threat: ThreatModel) -> Objective:
         """The loss of one mini-batch."""
@@ -137,7 +149,7 @@ class Ibp(GradientDefense[IbpHyper]):
             clean_loss = functional.cross_entropy(model(batch.images), batch.labels)
             if growth == 0:
                 return clean_loss
-            lower, upper = _box(batch.images, growth * hyper.eps_scale * threat.radius)
+            lower, upper = box(batch.images, growth * hyper.eps_scale * threat.radius)
             margins = bounded.margins(batch.labels, lower=lower, upper=upper, method="ibp")
             return _mixed(clean_loss, margins, growth, hyper)
 
@@ -181,7 +193,7 @@ class CrownIbp(GradientDefense[CrownIbpHyper]):
 
     def unsuited(self, data: TrainingData, threat: ThreatModel) -> str | None:
         """Intervals are L-inf boxes, and bounds need auto_LiRPA."""
-        return _unsuited(self.card.name, threat)
+        return unsuited_to_intervals(self.card.name, threat)
 
     def objective(self, model: nn.Module, hyper: CrownIbpHyper, data: TrainingData, threat: ThreatModel) -> Objective:
         """The loss of one mini-batch."""
@@ -192,7 +204,7 @@ class CrownIbp(GradientDefense[CrownIbpHyper]):
             clean_loss = functional.cross_entropy(model(batch.images), batch.labels)
             if growth == 0:
                 return clean_loss
-            lower, upper = _box(batch.images, growth * hyper.eps_scale * threat.radius)
+            lower, upper = box(batch.images, growth * hyper.eps_scale * threat.radius)
             beta = 1 - (1 - hyper.beta) * growth
             margins = bounded.margins(batch.labels, lower=lower, upper=upper, method="ibp")
             if beta > 0:
@@ -218,11 +230,13 @@ def _mixed(clean_loss: Tensor, margins: Tensor, growth: float, hyper: IbpHyper) 
     return kappa * clean_loss + (1 - kappa) * verified_cross_entropy(margins)
 
 
-def _box(images: Tensor, radius: float) -> tuple[Tensor, Tensor]:
+def box(images: Tensor, radius: float) -> tuple[Tensor, Tensor]:
+    """The lower and upper ends of the L-inf balls of a radius around images, within [0, 1]; both (N, C, H, W)."""
     return (images - radius).clamp(min=0.0), (images + radius).clamp(max=1.0)
 
 
-def _unsuited(name: str, threat: ThreatModel) -> str | None:
+def unsuited_to_intervals(name: str, threat: ThreatModel) -> str | None:
+    """Why the defense `name` cannot train on interval bounds for a threat, in a sentence; None where it can."""
     if threat.norm != "linf":
         return f"{name} trains on interval bounds of L-inf boxes, so it does not suit an {threat.norm} track."
     if importlib.util.find_spec("auto_LiRPA") is None:

@@ -24,7 +24,7 @@ from robustboard.defenses.architectures import build, channel_statistics, defaul
 from robustboard.defenses.batches import Batch, epoch_batches
 from robustboard.errors import DefenseError
 
-Schedule = Literal["one-cycle", "piecewise", "constant"]
+Schedule = Literal["one-cycle", "piecewise", "half-way", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +168,7 @@ def train(
     checkpoints: CheckpointStore,
     controller: Controller | None = None,
     frozen_statistics: bool = False,
+    stratified: bool = False,
 ) -> nn.Module:
     """Minimise `objective` and return `model`, trained, in eval mode on `device`.
 
@@ -188,6 +189,7 @@ def train(
         checkpoints: where states are kept.
         controller: steers the training between epochs.
         frozen_statistics: train in eval mode, so that running statistics stay as they are and dropout is off.
+        stratified: every mini-batch holds the classes in the proportions of the training split, see `epoch_batches`.
 
     Raises:
         DefenseError: if there are no training images, or the loss stops being a finite number.
@@ -213,6 +215,7 @@ def train(
                 epochs=recipe.epochs,
                 seed=seed,
                 device=device,
+                stratified=stratified,
             ):
                 for group in optimizer.param_groups:
                     group["lr"] = recipe.lr * learning_rate(recipe.schedule, batch.done)
@@ -244,7 +247,7 @@ def learning_rate(schedule: Schedule, done: float) -> float:
     """The learning rate as a share of its largest value, after the share `done` of the training.
 
     `one-cycle` rises linearly over the first quarter and falls linearly to zero; `piecewise` falls tenfold after one
-    half and again after three quarters.
+    half and again after three quarters, `half-way` only after one half.
 
     >>> [learning_rate("one-cycle", done) for done in (0.125, 0.25, 0.625)]
     [0.5, 1.0, 0.5]
@@ -253,6 +256,8 @@ def learning_rate(schedule: Schedule, done: float) -> float:
         return min(max(4 * done, 0.01), (1 - done) / 0.75)
     if schedule == "piecewise":
         return 1.0 if done < 0.5 else 0.1 if done < 0.75 else 0.01
+    if schedule == "half-way":
+        return 1.0 if done < 0.5 else 0.1
     return 1.0
 
 

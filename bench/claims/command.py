@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
 from rich.text import Text
 
 from robustboard.bench.claims.claim import VERDICTS, Measurement, PaperClaim, Under, Verdict
@@ -94,11 +93,8 @@ def _lines(result: Result | None, under: Under) -> list[str]:
 
 
 def _row(console: Console, head: str, text: str) -> None:
-    line = Text(text)
-    first = Text(f"  {head:<{_INDENT - 2}}", style="dim")
-    # A hanging indent: the head stands once, and what wraps stays under the text.
-    console.print(first, end="")
-    width = max(20, console.width - _INDENT)
-    wrapped = line.wrap(console, width)
-    for place, part in enumerate(wrapped):
-        console.print(part if place == 0 else Padding(part, (0, 0, 0, _INDENT)), highlight=False)
+    """One line, or several under one head with a hanging indent."""
+    for part in Text(text).wrap(console, max(20, console.width - _INDENT)):
+        part.rstrip()
+        console.print(Text.assemble((f"  {head:<{_INDENT - 2}}", "dim"), part))
+        head = ""
