@@ -130,6 +130,43 @@ class BoundedNetwork:
                 return self._compute(inputs, specification, "CROWN")
             return self._alpha_crown(inputs, specification, iterations)
 
+    def coefficients(self, labels: Tensor, *, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """The linear functions of the pixels that CROWN finds below the margins z_y - z_j over a box, j != y rising.
+
+        With `slope="same"` the function above a margin has the same coefficients, so these are the interval gradient
+        of Wang et al. 2019 (arXiv 1906.02282), up to its sign.
+
+        Args:
+            labels: y, int64 (N,).
+            lower: the box's lower end in pixel units, (N, C, H, W).
+            upper: its upper end.
+
+        Returns:
+            The least values of the functions, (N, K - 1), which are CROWN's bounds, and what each function gains per
+            unit of each pixel, (N, K - 1, C, H, W); detached.
+        """
+        if self._one_by_one and len(labels) > 1:
+            parts = [
+                self.coefficients(labels[i : i + 1], lower=lower[i : i + 1], upper=upper[i : i + 1])
+                for i in range(len(labels))
+            ]
+            return torch.cat([bound for bound, _ in parts]), torch.cat([rows for _, rows in parts])
+        low, high = self.normalisation.box(lower.to(self.dtype), upper.to(self.dtype))
+        inputs, specification = self._perturbed(low, high, None), self._specification(labels)
+        output, source = self.network.output_name[0], self.network.input_name[0]
+        with torch.no_grad(), self._working(), self._parameters_kept(frozen=False):
+            self._first_layer_by_intervals(allowed=True)
+            bound, _, found = self.network.compute_bounds(
+                x=(inputs,),
+                C=specification,
+                method="CROWN",
+                bound_upper=False,
+                return_A=True,
+                needed_A_dict={output: [source]},
+            )
+        rows = found[output][source]["lA"].reshape(*bound.shape, *self._shape)
+        return bound, rows * self.normalisation.scale.to(rows).view(-1, 1, 1)
+
     def scatter(self, margins: Tensor, labels: Tensor) -> Tensor:
         """Margins (N, K - 1) as (N, K), with +inf at the label."""
         full = margins.new_full((len(labels), self.classes), torch.inf)

@@ -3,19 +3,28 @@
 `cnn-small` and `cnn-large` are Wong & Kolter's MNIST and CIFAR networks (arXiv 1711.00851 and 1805.12514), which most
 work on certified training shares; `cnn-small` is also known as CNN-A (Dathathri et al. 2020, arXiv 2010.11645).
 `resnet18` is the residual network of He et al. 2015 (arXiv 1512.03385) with the usual stem for 32 x 32 images.
+`lenet` is LeNet-5 (LeCun et al. 1998, https://yann.lecun.org/exdb/publis/pdf/lecun-98.pdf) in its present form, with
+ReLU and max pooling; smaller images are padded to 32 x 32, as there.
+`papernot-mnist` and `papernot-cifar` are those of defensive distillation (Papernot et al. 2016, arXiv 1511.04508), laid
+out as in the code of Carlini & Wagner 2017 (arXiv 1608.04644): no padding, dropout after the first hidden layer.
+`linear` is softmax regression.
+`wong-resnet` (32 x 32) and `wong-resnet-imagenet` (64 x 64) are residual networks for certified training (`residual`).
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from robustboard.defenses.residual import wong_resnet, wong_resnet_imagenet
 from robustboard.errors import DefenseError
 
 Shape = tuple[int, int, int]
@@ -73,8 +82,11 @@ def build(
             f"The architecture {name!r} is unknown; choose from {', '.join(names())}, or mlp- with the widths of the "
             "hidden layers, such as mlp-100-50."
         )
-    if factory is not None and min(image_shape[1:]) < 4:
-        raise DefenseError(f"The architecture {name} needs images of at least 4 x 4 pixels, not {image_shape[1:]}.")
+    smallest = _SMALLEST.get(name, 4)
+    if factory is not None and min(image_shape[1:]) < smallest:
+        raise DefenseError(
+            f"The architecture {name} needs images of at least {smallest} x {smallest} pixels, not {image_shape[1:]}."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = factory(image_shape, classes) if factory else _mlp(name, image_shape, classes)
@@ -141,6 +153,54 @@ def _cnn_large(image_shape: Shape, classes: int) -> list[nn.Module]:
     ]
 
 
+def _lenet(image_shape: Shape, classes: int) -> list[nn.Module]:
+    channels, *sides = image_shape
+    above, left = (max(0, (33 - side) // 2) for side in sides)
+    height, width = ((side + 2 * padding - 4) // 2 for side, padding in zip(sides, (above, left), strict=True))
+    return [
+        nn.Conv2d(channels, 6, 5, padding=(above, left)),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 16, 5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16 * ((height - 4) // 2) * ((width - 4) // 2), 120),
+        nn.ReLU(),
+        nn.Linear(120, 84),
+        nn.ReLU(),
+        nn.Linear(84, classes),
+    ]
+
+
+def _papernot(image_shape: Shape, classes: int, *, width: int, hidden: int) -> list[nn.Module]:
+    channels, *sides = image_shape
+    rows, columns = (((side - 4) // 2 - 4) // 2 for side in sides)
+    return [
+        nn.Conv2d(channels, width, 3),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(width, 2 * width, 3),
+        nn.ReLU(),
+        nn.Conv2d(2 * width, 2 * width, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(2 * width * rows * columns, hidden),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, classes),
+    ]
+
+
+def _linear(image_shape: Shape, classes: int) -> list[nn.Module]:
+    return [nn.Flatten(), nn.Linear(math.prod(image_shape), classes)]
+
+
 def _resnet18(image_shape: Shape, classes: int) -> list[nn.Module]:
     # A second and more of imports, for the one network that needs it.
     from torchvision.models import resnet18
@@ -152,5 +212,20 @@ def _resnet18(image_shape: Shape, classes: int) -> list[nn.Module]:
 
 
 _NETWORKS: Mapping[str, Callable[[Shape, int], list[nn.Module]]] = MappingProxyType(
-    {"cnn-a": _cnn_small, "cnn-small": _cnn_small, "cnn-large": _cnn_large, "resnet18": _resnet18}
+    {
+        "cnn-a": _cnn_small,
+        "cnn-small": _cnn_small,
+        "cnn-large": _cnn_large,
+        "lenet": _lenet,
+        "linear": _linear,
+        "papernot-cifar": partial(_papernot, width=64, hidden=256),
+        "papernot-mnist": partial(_papernot, width=32, hidden=200),
+        "resnet18": _resnet18,
+        "wong-resnet": lambda shape, classes: wong_resnet(*shape, classes),
+        "wong-resnet-imagenet": lambda shape, classes: wong_resnet_imagenet(*shape, classes),
+    }
 )
+_SMALLEST: Mapping[str, int] = MappingProxyType(
+    {"linear": 1, "papernot-cifar": 16, "papernot-mnist": 16, "wong-resnet": 8, "wong-resnet-imagenet": 16}
+)
+"""The smallest side of an image, where it is not four."""

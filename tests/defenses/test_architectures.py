@@ -9,13 +9,19 @@ from torch import nn
 from robustboard.defenses.architectures import Normalize, build, channel_statistics, default_for, names
 from robustboard.errors import DefenseError
 
-# Parameter counts of Wong & Kolter's networks, and of the usual CIFAR ResNet-18.
+# Parameter counts of Wong & Kolter's networks, of the usual CIFAR ResNet-18, and of today's LeNet-5.
 PUBLISHED_SIZES = [
     ("cnn-small", (1, 28, 28), 166_406),
     ("cnn-large", (1, 28, 28), 1_974_762),
     ("cnn-small", (3, 32, 32), 214_918),
     ("cnn-large", (3, 32, 32), 2_466_858),
     ("resnet18", (3, 32, 32), 11_173_962),
+    ("wong-resnet", (3, 32, 32), 1_145_410),
+    ("lenet", (3, 32, 32), 62_006),
+    ("lenet", (1, 28, 28), 61_706),
+    ("linear", (1, 28, 28), 784 * 10 + 10),
+    ("papernot-mnist", (1, 28, 28), 320 + 9_248 + 18_496 + 36_928 + 205_000 + 40_200 + 2_010),
+    ("papernot-cifar", (3, 32, 32), 1_792 + 36_928 + 73_856 + 147_584 + 819_456 + 65_792 + 2_570),
     ("mlp-100-50", (1, 8, 8), 64 * 100 + 100 + 100 * 50 + 50 + 50 * 10 + 10),
 ]
 
@@ -29,6 +35,8 @@ def test_sizes_are_the_published_ones(name: str, shape: tuple[int, int, int], pa
 @pytest.mark.parametrize("name", [*names(), "mlp-7"])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 12)])
 def test_logits_have_one_column_a_class(name: str, shape: tuple[int, int, int]) -> None:
+    if name.startswith("papernot") or name == "wong-resnet-imagenet":  # these need 16 pixels a side
+        shape = (shape[0], 2 * shape[1], 2 * shape[2])
     network = build(name, image_shape=shape, classes=3, seed=0).eval()
     assert network(torch.rand(2, *shape)).shape == (2, 3)
 
@@ -76,10 +84,12 @@ def test_default_is_small_for_small_images() -> None:
 
 @pytest.mark.parametrize("name", ["vgg", "mlp-", "mlp-0", "mlp-10-", "mlp", "cnn-small ", "mlp-999999"])
 def test_an_unknown_name_lists_what_there_is(name: str) -> None:
-    with pytest.raises(DefenseError, match="choose from cnn-a, cnn-large, cnn-small, resnet18"):
+    with pytest.raises(DefenseError, match="choose from cnn-a, cnn-large, cnn-small, lenet, linear, papernot-cifar, "):
         build(name, image_shape=(1, 28, 28), classes=10, seed=0)
 
 
 def test_images_too_small_for_a_convolution_are_refused() -> None:
     with pytest.raises(DefenseError, match="at least 4 x 4"):
         build("cnn-small", image_shape=(1, 2, 8), classes=2, seed=0)
+    with pytest.raises(DefenseError, match="papernot-mnist needs images of at least 16 x 16"):
+        build("papernot-mnist", image_shape=(1, 15, 16), classes=2, seed=0)
