@@ -63,7 +63,7 @@ def test_pgd_training_reaches_the_worst_case_of_a_linear_network() -> None:
     model, some = linear(), batch(classes=2)
     method = PgdTraining()
     threat = ThreatModel.parse("l2", "1/10")  # the ball stays inside the pixel box
-    hyper = dataclasses.replace(method.defaults(data_of(some, 2), threat), steps=50)
+    hyper = dataclasses.replace(method.defaults(data_of(some, 2), threat), steps=50, ramp=0.0)
     loss = method.objective(model, hyper, data_of(some, 2), threat)(some)
     with torch.no_grad():
         logits, weights = model(some.images), model[1].weight
@@ -107,7 +107,7 @@ def test_trades_loss_is_the_paper_s_sum() -> None:
 def test_perturbations_are_made_in_eval_mode_and_leave_no_gradients() -> None:
     """Batch statistics move by the loss's own passes alone, and parameters get gradients from the loss alone."""
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, 3)).train()
-    some, method = batch(), PgdTraining()
+    some, method = batch(done=0.5), PgdTraining()
     method.objective(model, method.defaults(data_of(some), LINF), data_of(some), LINF)(some)
     assert int(model[1].num_batches_tracked) == 1  # type: ignore[arg-type]
     assert model.training
@@ -181,8 +181,11 @@ def test_interval_methods_refuse_l2_in_a_sentence(name: str) -> None:
 @pytest.mark.parametrize("name", registry.names())
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
 def test_defaults_exist_for_every_kind_of_image(name: str, shape: tuple[int, int, int]) -> None:
-    """Small grey images get a perceptron and many epochs, colour images are augmented."""
+    """Small grey images get a perceptron and many epochs, colour images are augmented; two-layer networks are their own."""
     split = Split(torch.rand(50, *shape), torch.arange(50) % 10)
     hyper = registry.create(name).hyper(TrainingData("any", split, split, 10), LINF)
+    if name == "convex":
+        assert (hyper.architecture, hyper.augment) == ("two-layer", False)
+        return
     assert hyper.architecture == ("mlp-256-128" if shape == (1, 8, 8) else "cnn-small")
     assert hyper.augment == (shape[0] == 3)
