@@ -26,7 +26,8 @@ demo: env  ## train and score every defense on the embedded digits, and build si
 	$(BIN)/robustboard demo --out site
 
 test: env system  ## the fast tests, doctests included
-	$(BIN)/pytest -m "not slow"
+	# One thread for each of the processes: threads that wait for each other's cores spin.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: env system  ## minutes to hours: floors on MNIST, third-party networks in full
 	$(BIN)/pytest -m slow --timeout 3600
