@@ -24,6 +24,7 @@ from robustboard.attacks import trust_region
 # quadratics of 8 and of 20 dimensions, and 8 of a trained network's of 64.
 ITERATIONS = 16
 _STEP, _DECAY, _LARGEST_EXCESS = 0.5, 0.75, 3.0
+_UNDERFLOW = 1e-280
 _LEAST_WEIGHT = 1e-6
 _CHUNK_BYTES = 64 << 20
 
@@ -96,7 +97,8 @@ def minimum(
         found = _ascended(problem, weights[pair, centre], *stops, iterations)
         lower[pair, centre] = torch.maximum(lower[pair, centre], found.lower)
         upper[pair, centre] = torch.minimum(upper[pair, centre], found.upper)
-    return BoxBounds(lower, upper)
+    # Relative allowances say nothing where products underflow.
+    return BoxBounds(lower - _UNDERFLOW, upper)
 
 
 def curvature_multipliers(curvatures: Tensor, axes: Tensor) -> Tensor:

@@ -12,12 +12,31 @@ from typing import Any
 
 from robustboard.defenses.adapter import Defense, DefenseCard
 from robustboard.defenses.adversarial import FgsmTraining, PgdTraining, Trades
+from robustboard.defenses.convex import ConvexTraining
+from robustboard.defenses.differential import Differential
+from robustboard.defenses.distillation import Distillation
 from robustboard.defenses.ibp import CrownIbp, Ibp
+from robustboard.defenses.mixtrain import MixTrain
+from robustboard.defenses.mtl_ibp import MtlIbp
+from robustboard.defenses.rift import Rift
 from robustboard.defenses.standard import Standard
 from robustboard.errors import DefenseError
 
 GROUP = "robustboard.defenses"
-BUILT_IN: tuple[type[Defense[Any]], ...] = (Standard, FgsmTraining, PgdTraining, Trades, Ibp, CrownIbp)
+BUILT_IN: tuple[type[Defense[Any]], ...] = (
+    Standard,
+    FgsmTraining,
+    Distillation,
+    PgdTraining,
+    Ibp,
+    MixTrain,
+    Trades,
+    Differential,
+    CrownIbp,
+    Rift,
+    MtlIbp,
+    ConvexTraining,
+)
 
 
 def names() -> list[str]:

@@ -181,7 +181,7 @@ def test_interval_methods_refuse_l2_in_a_sentence(name: str) -> None:
 @pytest.mark.parametrize("name", registry.names())
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32)])
 def test_defaults_exist_for_every_kind_of_image(name: str, shape: tuple[int, int, int]) -> None:
-    """Small grey images get a perceptron and many epochs, colour images are augmented; two-layer networks are their own."""
+    """Small grey images get a perceptron, colour images are augmented; two-layer networks are their own."""
     split = Split(torch.rand(50, *shape), torch.arange(50) % 10)
     hyper = registry.create(name).hyper(TrainingData("any", split, split, 10), LINF)
     if name == "convex":

@@ -36,9 +36,13 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> str:
     return "announced_plugin"
 
 
-def test_the_six_baselines_are_there() -> None:
-    assert registry.names() == ["standard", "fgsm-at", "pgd-at", "trades", "ibp", "crown-ibp"]
-    assert [card.name for card in registry.cards()] == registry.names()
+def test_the_five_methods_and_the_baselines_are_there_by_year() -> None:
+    five = {"convex", "distillation", "differential", "mixtrain", "rift"}
+    baselines = {"standard", "fgsm-at", "pgd-at", "trades", "ibp", "crown-ibp", "mtl-ibp"}
+    cards = registry.cards()
+    assert {card.name for card in cards} == five | baselines
+    assert [card.name for card in cards] == registry.names()
+    assert [card.year for card in cards] == sorted(card.year for card in cards)
 
 
 def test_create_hands_the_overrides_over() -> None:
@@ -54,7 +58,7 @@ def test_an_announced_defense_is_found(monkeypatch: pytest.MonkeyPatch, plugin: 
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(DefenseError, match="'pdg-at' is unknown; choose from standard, fgsm-at, pgd-at"):
+    with pytest.raises(DefenseError, match="'pdg-at' is unknown; choose from standard, fgsm-at, distillation, pgd-at,"):
         registry.create("pdg-at")
 
 

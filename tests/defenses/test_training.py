@@ -74,7 +74,9 @@ def fit(
     folder: Path | None = None,
     **overrides: object,
 ) -> nn.Module:
-    defense = registry.create(name, {"epochs": 5, "batch_size": 10, "architecture": "mlp-12", **overrides})
+    # A two-layer network on the pixels has no architecture to choose.
+    network = {} if name == "convex" else {"architecture": "mlp-12"}
+    defense = registry.create(name, {"epochs": 5, "batch_size": 10, **network, **overrides})
     return defense.fit(
         data,
         threat,
