@@ -81,7 +81,8 @@ class GatedNetwork(nn.Module):
     def deployed(self) -> nn.Sequential:
         """The ReLU network of the inputs, in which v is the neuron v / sqrt(|v|) of weight sqrt(|v|), w of -sqrt(|w|).
 
-        The neurons have no biases on the features; the first layer's are those of the feature map's centre.
+        The neurons have no biases on the features: the first layer's biases are those of the features' centre, and the
+        last layer's are zero.
         """
         vectors = torch.cat([self.positive.transpose(1, 2), -self.negative.transpose(1, 2)]).flatten(0, 1)
         signs = torch.ones_like(vectors[:, 0])
@@ -98,18 +99,18 @@ class GatedNetwork(nn.Module):
         if self.classes == 2:
             outputs = torch.cat([-outputs / 2, outputs / 2])
         directions, offsets = self.features.folded(vectors[kept] / roots)
-        first, last = _empty_linear(directions, bias=True), _empty_linear(outputs, bias=False)
-        first.weight.copy_(directions)
-        first.bias.copy_(offsets)
-        last.weight.copy_(outputs)
+        # Interval bounds by auto_LiRPA need a bias in the last layer, be it zero.
+        first, last = _linear(directions, offsets), _linear(outputs, torch.zeros_like(outputs[:, 0]))
         return nn.Sequential(nn.Flatten(), first, nn.ReLU(), last)
 
 
-def _empty_linear(weight: Tensor, *, bias: bool) -> nn.Linear:
-    """A layer for such a weight; on the meta device its initialisation draws nothing from the global generator."""
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A layer with these values; on the meta device its initialisation draws nothing from the global generator."""
     out_features, in_features = weight.shape
-    layer = nn.Linear(in_features, out_features, bias=bias, device="meta", dtype=weight.dtype)
-    return layer.to_empty(device=weight.device)
+    layer = nn.Linear(in_features, out_features, device="meta", dtype=weight.dtype).to_empty(device=weight.device)
+    layer.weight.copy_(weight)
+    layer.bias.copy_(bias)
+    return layer
 
 
 def drawn_gates(features: Tensor, count: int, draws: torch.Generator) -> Tensor:

@@ -111,7 +111,8 @@ def survives_linf(
         losses=("ce", "margin"),
     )
     with torch.no_grad():
-        return unit.network(network)(found).argmax(dim=1) == torch.from_numpy(labels)
+        logits: Tensor = unit.network(network)(found)
+    return logits.argmax(dim=1) == torch.from_numpy(labels)
 
 
 class UnitBox:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from robustboard.defenses import registry
 from robustboard.defenses.adapter import CheckpointStore, NoProgress, Split, TrainingData
 from robustboard.defenses.convex_features import typical_norm
 from robustboard.defenses.frozen_base import features_of, trunk_of
+from robustboard.defenses.training import device_of
 
 DIGITS = "digits-linf@1"
 CIFAR = "cifar10-q75-linf@1"
@@ -60,17 +62,18 @@ def pgd_survivors(lab: Laboratory, model: nn.Module, setup: Setup, split: Split,
 
 def correct(model: nn.Module, split: Split) -> Tensor:
     """Which examples are classified correctly, booleans (N,) on the model's device."""
+    device = device_of(model)
     with torch.no_grad():
-        return model(split.images.to(next(model.parameters()).device)).argmax(dim=1) == split.labels.to(
-            next(model.parameters()).device
-        )
+        logits: Tensor = model(split.images.to(device))
+    return logits.argmax(dim=1) == split.labels.to(device)
 
 
 def digits(lab: Laboratory, *, epochs: int = 40, judged: int | None = None) -> dict[str, Measurement]:
     """The same on digits in the scalable form, beside the whole protocol."""
     found: dict[str, Measurement] = {}
     survivors, kept = {}, {}
-    for name, settings in (("standard", {"radius": 0.0}), ("robust", {})):
+    variants: dict[str, dict[str, Any]] = {"standard": {"radius": 0.0}, "robust": {}}
+    for name, settings in variants.items():
         network = lab.network("convex", DIGITS, epochs=epochs, **settings)
         survivors[name] = pgd_survivors(lab, network.model, network, network.test, network.threat)
         found[f"{name} clean"] = share(f"clean, {name}", correct(network.model, network.test).cpu())
@@ -133,7 +136,7 @@ def judge_beta(found: Mapping[str, Measurement]) -> Verdict:
     return "reproduced" if found["clean gain"].low > 0 and found["robust loss"].low > 0 else "not reproduced"
 
 
-def _judged(lab: Laboratory, **settings: float) -> dict[str, Tensor]:
+def _judged(lab: Laboratory, **settings: Any) -> dict[str, Tensor]:
     network = lab.network("convex", DIGITS, **settings)
     bounds = certify(
         network.model,
@@ -163,7 +166,8 @@ def _table(flags: Mapping[float, Mapping[str, Tensor]], what: str) -> dict[str, 
 def training_cost(lab: Laboratory, *, epochs: int | None = None, judged: int | None = None) -> dict[str, Measurement]:
     """Seconds on breast cancer and digits, each method at its defaults, one after the other in one process."""
     found = small.cost(lab)
-    setup, settings = lab.setup(DIGITS), {} if epochs is None else {"epochs": epochs}
+    setup = lab.setup(DIGITS)
+    settings: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
     lab.progress.begin("digits: trainings", 2)
     seconds = {}
     for name in ("convex", "pgd-at"):
@@ -203,9 +207,9 @@ def frozen_head(
     base_epochs: int = 4,
 ) -> dict[str, Measurement]:
     """A standard network and the same with a robust polynomial head, attacked through all layers in pixel space."""
-    base: dict[str, object] = {"epochs": base_epochs}
+    base: dict[str, Any] = {"epochs": base_epochs}
     radius = chosen_radius(lab, lab.network("standard", CIFAR, **base), radii, epochs=epochs)
-    head = {"base": "standard", "base_epochs": base_epochs, "epochs": epochs, "radius": radius}
+    head: dict[str, Any] = {"base": "standard", "base_epochs": base_epochs, "epochs": epochs, "radius": radius}
     found = {"radius": number("radius of the features' ball over their norm", radius, len(radii), under="control")}
     kept: dict[tuple[str, int], Tensor] = {}
     for name, settings in (("standard", base), ("convex", head)):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustboard.attacks.threat import Norm
+from robustboard.attacks.threat import Norm, ThreatModel
 from robustboard.defenses.convex_features import FeatureMap, fitted
 from robustboard.defenses.convex_programs import Ball, Loss, MultiClass
 from robustboard.defenses.convex_relu import GatedNetwork, drawn_gates, robust_loss
@@ -176,3 +176,26 @@ def test_pairs_have_no_squared_loss() -> None:
         solve_gated(
             x.numpy(), labels.numpy(), gates_of(x).numpy(), classes=3, beta=BETA, ball=Ball("l2", 0.1), loss="squared"
         )
+
+
+def test_the_deployed_network_has_interval_and_linear_bounds() -> None:
+    """auto_LiRPA bounds it, and no point of the box goes below."""
+    pytest.importorskip("auto_LiRPA")
+    from robustboard.attacks.bounds import certify
+
+    images = torch.rand(12, 1, 2, 3, generator=torch.Generator().manual_seed(0))
+    features = fitted(images)
+    model = GatedNetwork(features, gates_of(features(images)), classes=3)
+    with torch.no_grad():
+        model.positive.copy_(0.1 * torch.randn(model.positive.shape, generator=torch.Generator().manual_seed(1)))
+    network = model.deployed().eval().requires_grad_(requires_grad=False)
+    labels, threat = network(images).argmax(dim=1), ThreatModel.parse("linf", "1/50")
+    draws = torch.Generator().manual_seed(2)
+    points = threat.project(images + 0.02 * torch.randn(50, *images.shape, generator=draws).sign(), images)
+    logits = network(points.flatten(0, 1)).view(50, 12, 3)
+    reached = (logits.gather(2, labels.expand(50, -1)[..., None]) - logits).amin(dim=0)
+    for method in ("ibp", "crown"):
+        bounds = certify(network, images, labels, threat=threat, method=method, classes=3)
+        assert bounds.reason is None
+        assert bool((bounds.margins.nan_to_num(-torch.inf) <= reached + 1e-5).all())
+        assert bool(bounds.certified.any())

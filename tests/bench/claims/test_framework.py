@@ -157,7 +157,23 @@ def test_claims_are_complete() -> None:
 
 
 # Claims whose experiment has not been run in full yet: `robustboard claims` says so of each.
-UNMEASURED: frozenset[str] = frozenset()
+UNMEASURED = frozenset(
+    [
+        "convex-digits",
+        "convex-radius",
+        "convex-beta",
+        "convex-cost",
+        "convex-frozen-head",
+        "mixtrain-verified-mnist-0.3",
+        "mixtrain-cost-of-verified-training",
+        "mixtrain-cost-of-adversarial-training",
+        "mixtrain-interval-attack",
+        "rift-generalisation",
+        "rift-which-module",
+        "rift-one-module",
+        "rift-criticality-bound",
+    ]
+)
 
 
 @pytest.mark.parametrize("one", catalog.all_claims(), ids=lambda one: one.id)
