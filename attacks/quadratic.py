@@ -158,10 +158,12 @@ def margin_forms(network: QuadraticNetwork, pairs: Tensor) -> MarginForms:
         >>> forms.curvatures.tolist(), forms.values(torch.tensor([[3.0, 1.0]])).item()
         ([[-2.0, 1.0]], 7.0)
     """
-    directions, outputs = network.directions.double(), network.outputs.double()
+    directions, offsets, outputs = (
+        part.detach().double() for part in (network.directions, network.offsets, network.outputs)
+    )
     a, b, c = (float(value) for value in network.coefficients.double())
     weights = outputs.T[pairs[:, 0]] - outputs.T[pairs[:, 1]]
     basis, _ = torch.linalg.qr(directions.T)
     reduced = directions @ basis
     curvatures, axes = torch.linalg.eigh(torch.einsum("jr,pj,js->prs", a * reduced, weights, reduced))
-    return MarginForms(pairs, basis, axes, curvatures, weights, directions, network.offsets.double(), (a, b, c))
+    return MarginForms(pairs, basis, axes, curvatures, weights, directions, offsets, (a, b, c))

@@ -176,10 +176,10 @@ CLAIMS: tuple[PaperClaim, ...] = (
         ),
         data=f"{_CIFAR}. 10 000 test images, the first 2 000 of them under the board's five corruptions (paper: 18)",
         rule=(
-            "not reproduced if the adversarial difference lies below -0.20 points (the paper's spread over seeds) with "
+            "Not reproduced if the adversarial difference lies below -0.20 points (the paper's spread over seeds) with "
             "its whole interval; else not transferred unless the intervals of the clean and of the corruption "
             "difference lie above zero; else broken under the protocol if the protocol's robust difference lies below "
-            "-0.20 points with its whole interval; else reproduced"
+            "-0.20 points with its whole interval; else reproduced."
         ),
         measure=generalisation,
         judge=judge_generalisation,
@@ -200,8 +200,8 @@ CLAIMS: tuple[PaperClaim, ...] = (
         ),
         data=f"{_CIFAR}. 10 000 test images",
         rule=(
-            "reproduced if the least critical module's accuracy under PGD-10 is above that of every other choice, each "
-            "with the whole interval of the difference; else not transferred"
+            "Reproduced if the least critical module's accuracy under PGD-10 is above that of every other choice, each "
+            "with the whole interval of the difference; else not transferred."
         ),
         measure=partial(choices, wanted=_TABLE_3),
         judge=judge_choices,
@@ -221,8 +221,8 @@ CLAIMS: tuple[PaperClaim, ...] = (
         ),
         data=f"{_CIFAR}. 10 000 test images",
         rule=(
-            "reproduced if one module's accuracy under PGD-10 is above that of two and of three, each with the whole "
-            "interval of the difference; else not transferred"
+            "Reproduced if one module's accuracy under PGD-10 is above that of two and of three, each with the whole "
+            "interval of the difference; else not transferred."
         ),
         measure=partial(choices, wanted=_TABLE_4),
         judge=judge_choices,
@@ -237,7 +237,7 @@ CLAIMS: tuple[PaperClaim, ...] = (
             PaperNumber("gain in the abstract", "around 1.5 %", "abstract"),
         ),
         data="the paper's own tables 1 and 2: 17 rows, clean accuracy and accuracy under corruptions",
-        rule="refuted by the paper if no row gains 4.5 points or more",
+        rule="Refuted by the paper if no row gains 4.5 points or more.",
         measure=largest_gain,
         judge=judge_largest_gain,
         note="The claim is that of a machine-made summary of the paper, which the paper does not make.",
@@ -253,8 +253,8 @@ CLAIMS: tuple[PaperClaim, ...] = (
         ),
         data="MNIST, L-inf 3/10, the small convolutional network after two epochs of PGD-AT; paper: CIFAR-10, ResNet18",
         rule=(
-            "broken under the protocol if some module adds, once the adversarial examples follow its weights, more "
-            "than twice its criticality and 0.05; else reproduced"
+            "Broken under the protocol if some module adds, once the adversarial examples follow its weights, more "
+            "than twice its criticality and 0.05; else reproduced."
         ),
         measure=criticality_as_bound,
         judge=judge_criticality_as_bound,

@@ -167,3 +167,9 @@ def test_auto_lirpa_bounds_the_network_soundly_or_says_why_not(norm: str, eps: s
         for method in ("crown", "alpha-crown")
     }
     assert reasons == {"auto_LiRPA's CROWN and alpha-CROWN do not bound a quadratic activation."}
+
+
+def test_forms_of_a_float64_network_record_no_gradient() -> None:
+    """`double` of a float64 parameter is the parameter itself, which what is computed from the forms would follow."""
+    forms = margin_forms(QuadraticNetwork(torch.eye(2), torch.ones(2, 2)).double(), torch.tensor([[0, 1]]))
+    assert not forms.values(torch.ones(1, 2)).requires_grad
