@@ -159,7 +159,6 @@ def test_claims_are_complete() -> None:
 # Claims whose experiment has not been run in full yet: `robustboard claims` says so of each.
 UNMEASURED = frozenset(
     [
-        "convex-cost",
         "convex-frozen-head",
         "mixtrain-verified-mnist-0.3",
         "mixtrain-cost-of-verified-training",
