@@ -7,7 +7,6 @@ epoch is the same whether or not the training was interrupted before it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from robustboard.attacks.threat import ThreatModel
 from robustboard.defenses.adapter import CheckpointStore, Defense, Progress, Split, TrainingData
 from robustboard.defenses.architectures import build, channel_statistics, default_for
 from robustboard.defenses.batches import Batch, epoch_batches
+from robustboard.defenses.fingerprint import fingerprint
 from robustboard.errors import DefenseError
 
 Schedule = Literal["one-cycle", "piecewise", "half-way", "constant"]
@@ -298,12 +298,8 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def _identity(name: str, recipe: Recipe, threat: ThreatModel, seed: int, data: TrainingData, initial: nn.Module) -> str:
     moving = [key for key, parameter in initial.named_parameters() if parameter.requires_grad]
-    words = hashlib.sha256(repr((name, recipe, threat, seed, data.classes, moving)).encode())
-    start = (value.detach().cpu() for value in initial.state_dict().values())
-    for tensor in (data.train.images, data.train.labels, *start):
-        words.update(repr(tuple(tensor.shape)).encode())
-        words.update(tensor.contiguous().numpy().data)
-    return words.hexdigest()
+    words = (name, recipe, threat, seed, data.classes, moving)
+    return fingerprint(words, [data.train.images, data.train.labels, *initial.state_dict().values()])
 
 
 def _resume(

@@ -15,6 +15,7 @@ from robustboard.bench.claims.claim import (
     Measurement,
     PaperClaim,
     PaperNumber,
+    Under,
     Verdict,
     from_metric,
     number,
@@ -131,15 +132,18 @@ def criticality_as_bound(
     """For every module the criticality on fixed adversarial examples, and on examples that follow the weights."""
     parent = lab.network("pgd-at", track, epochs=epochs)
     measured: dict[str, Measurement] = {}
-    for adversary, under in (("fixed", "paper"), ("fresh", "protocol")):
-        settings = FineTuning(criticality_adversary=adversary, criticality_examples=examples)  # type: ignore[arg-type]
+    adversaries: tuple[tuple[FineTuning, Under], ...] = (
+        (FineTuning(criticality_adversary="fixed", criticality_examples=examples), "paper"),
+        (FineTuning(criticality_adversary="fresh", criticality_examples=examples), "protocol"),
+    )
+    for settings, under in adversaries:
         for one in ranking(lab, parent, settings):
-            measured[f"{adversary} {one.module}"] = number(
-                f"added loss within 10 % of module {one.module}, {adversary} adversarial examples "
+            measured[f"{settings.criticality_adversary} {one.module}"] = number(
+                f"added loss within 10 % of module {one.module}, {settings.criticality_adversary} adversarial examples "
                 f"(accuracy falls by {100 * one.accuracy_drop:.1f} points)",
                 one.value,
                 examples,
-                under=under,  # type: ignore[arg-type]
+                under=under,
             )
     return measured
 
