@@ -109,7 +109,7 @@ def factored_optimum(fold: Fold, *, radius: float, width: int, seed: int, steps:
 
 
 def global_optimum(
-    lab: Laboratory, *, examples: int = 60, components: int = 5, starts: int = 5, steps: int = 4000
+    lab: Laboratory, *, examples: int = 60, components: int = 5, starts: int = 5, steps: int = 16_000
 ) -> dict[str, Measurement]:
     """The program's value, that of its network, and what gradient training reaches from several starts."""
     (fold,) = folds(examples=examples, components=components, count=1)

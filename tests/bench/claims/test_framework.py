@@ -160,9 +160,6 @@ def test_claims_are_complete() -> None:
 UNMEASURED = frozenset(
     [
         "convex-frozen-head",
-        "mixtrain-verified-mnist-0.3",
-        "mixtrain-cost-of-verified-training",
-        "mixtrain-cost-of-adversarial-training",
         "mixtrain-interval-attack",
         "rift-generalisation",
         "rift-which-module",
