@@ -161,7 +161,6 @@ UNMEASURED = frozenset(
     [
         "convex-frozen-head",
         "mixtrain-interval-attack",
-        "rift-which-module",
         "rift-one-module",
         "rift-criticality-bound",
     ]
