@@ -311,7 +311,7 @@ CLAIMS: tuple[PaperClaim, ...] = (
         measure=small.global_optimum,
         judge=small.judge_global_optimum,
         note="That gradient training finds the optimum is our observation and not the paper's theorem, which is about "
-        "the optima alone; with one neuron it cannot. The objective has kinks: with 4000 steps in place of the 16,000 one "
+        "the optima alone; with one neuron it cannot. The objective has kinks: with 4000 steps in place of 16,000 one "
         "of the five starts ended 2.4 % above the optimum.",
     ),
     PaperClaim(
