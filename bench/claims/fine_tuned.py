@@ -20,7 +20,7 @@ from robustboard.attacks.threat import ThreatModel
 from robustboard.bench.arrays import Images, ImageSet, as_floats
 from robustboard.bench.claims.claim import Measurement, mean, paired_difference
 from robustboard.bench.claims.laboratory import Laboratory, Trained
-from robustboard.bench.corruptions import NAMES, SEVERITIES, corrupt
+from robustboard.bench.corruptions import FIRST_FIVE, SEVERITIES, corrupt
 from robustboard.defenses.adapter import CheckpointStore
 from robustboard.defenses.fine_tuning import FineTuning, chosen_modules, rank_modules, tune_modules
 from robustboard.defenses.robust_criticality import Criticality
@@ -66,12 +66,12 @@ def adversarial(network: nn.Module, images: ImageSet, threat: ThreatModel, *, se
 def corrupted(networks: Sequence[nn.Module], images: ImageSet, *, seed: int) -> list[npt.NDArray[np.float64]]:
     """The share of (corruption, severity) pairs under which each image is classified correctly, for each network."""
     shares = [np.zeros(len(images)) for _ in networks]
-    for name in NAMES:
+    for name in FIRST_FIVE:
         for severity in SEVERITIES:
             changed = corrupt(images.images, corruption=name, severity=severity, keys=images.hashes, seed=seed)
             for place, network in enumerate(networks):
                 shares[place] += _right(network, changed, images.labels)
-    return [total / (len(NAMES) * len(SEVERITIES)) for total in shares]
+    return [total / (len(FIRST_FIVE) * len(SEVERITIES)) for total in shares]
 
 
 def gains(

@@ -15,7 +15,7 @@ from robustboard.bench.claims.claim import Measurement, PaperClaim
 from robustboard.bench.claims.fine_tuned import adversarial, corrupted, standard
 from robustboard.bench.claims.laboratory import Laboratory
 from robustboard.bench.claims.rift import CLAIMS, TABLES, choices, criticality_as_bound, largest_gain
-from robustboard.bench.corruptions import NAMES, SEVERITIES, corrupt
+from robustboard.bench.corruptions import FIRST_FIVE, SEVERITIES, corrupt
 from robustboard.defenses.architectures import build
 from robustboard.defenses.fine_tuning import FineTuning
 
@@ -144,7 +144,7 @@ def test_corrupted_is_the_unweighted_mean_over_conditions() -> None:
     found = corrupted(networks, some, seed=0)
     for model, shares in zip(networks, found, strict=True):
         expected = np.zeros(6)
-        for name in NAMES:
+        for name in FIRST_FIVE:
             for severity in SEVERITIES:
                 changed = corrupt(some.images, corruption=name, severity=severity, keys=some.hashes, seed=0)
                 with torch.no_grad():
