@@ -1,4 +1,4 @@
-"""The command line: `robustboard demo | tracks | defenses | score | leaderboard | claims`.
+"""The command line: `robustboard demo | tracks | corruptions | defenses | score | leaderboard | claims`.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 a finding (a broken gate),
 2 misuse or unusable input, 130 interrupted.
@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 
 _DEFAULT_RUNS = Path("runs")
+_CORRUPTION_METRICS = ("corruption/standard-15", "corruption/rift-18", "corruption/robust")
 
 Runs = Annotated[Path, typer.Option("--runs", help="Folder of run directories and of the MLflow store.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
@@ -81,6 +82,29 @@ def tracks(*, as_json: AsJson = False) -> None:
     for track in loaded:
         table.add_row(track.id, str(track.dataset), f"{track.threat.norm} {track.threat.text}", str(track.n))
     Console().print(table)
+
+
+@app.command(epilog="Example: robustboard corruptions --track cifar10-q75-linf@2 --out sheet.png")
+def corruptions(
+    *,
+    track: Annotated[str, typer.Option(help="An id from `robustboard tracks`, or the path of your own TOML.")],
+    out: Annotated[Path, typer.Option("--out", help="The PNG file to write.")] = Path("corruptions.png"),
+    example: Annotated[int, typer.Option(min=0, help="Which example is shown, in the track's order.")] = 0,
+    data_dir: DataDir = None,
+    download: Annotated[bool, typer.Option("--download", help="Download data that is not found.")] = False,
+) -> None:
+    """Draw a sheet of a track's corruptions: a row for each, a column for each severity."""
+    from robustboard.bench.contact_sheet import contact_sheet
+    from robustboard.bench.datasets import data_folders, load_dataset
+    from robustboard.bench.official import corrupted_images
+    from robustboard.bench.protocol import load_track, select
+    from robustboard.files import replace_file
+
+    loaded, folders = load_track(track), data_folders(data_dir or ())
+    examples = select(loaded, load_dataset(loaded.dataset, data_dirs=folders, download=download))
+    sheet = contact_sheet(loaded, examples, corrupted_images(loaded, examples, folders), first=example)
+    replace_file(out, lambda file: sheet.save(file, "PNG"))
+    typer.echo(out)
 
 
 @app.command(epilog="Example: robustboard defenses --json")
@@ -305,10 +329,14 @@ def _print_board(records: Sequence[Record]) -> None:
 
 
 def _print_record(record: Record) -> None:
+    from robustboard.leaderboard.corruption import relative_drop
+
     table = Table("metric", "value [95 % interval]", box=None, header_style="bold", pad_edge=False)
-    for name in ("clean", "pgd", "robust", "autoattack", "certified", "undecided", "corruption"):
+    for name in ("clean", "pgd", "robust", "autoattack", "certified", "undecided", "corruption", *_CORRUPTION_METRICS):
         if name in record.metrics:
             table.add_row(name, _shown(record, name))
+    if (drop := relative_drop(record.outcomes)) is not None:
+        table.add_row("drop under corruption", f"{drop.value:.1%} \\[{drop.low:.1%}, {drop.high:.1%}]")
     console = Console()
     console.print(f"[bold]{escape(record.defense.title)}[/bold] on {record.track.id}, n = {record.n}")
     console.print(table)

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 
 from robustboard.attacks import autoattack
-from robustboard.bench.corruptions import corrupt
+from robustboard.bench.corrupted import Pictures, attack_corrupted, judge_corrupted, made, require_possible
 from robustboard.bench.crossed_audit import Audit, crossed_audit
 from robustboard.bench.examiner import REFERENCE_FORWARDS, Examiner, Floats, StageCost
-from robustboard.bench.protocol import Examples, Track, as_floats
+from robustboard.bench.official import OfficialFiles
+from robustboard.bench.protocol import Examples, Track
 from robustboard.bench.session import Session
 from robustboard.bench.verdicts import Verdicts
 from robustboard.defenses.adapter import NoProgress, Progress
@@ -53,6 +54,7 @@ def evaluate(
     *,
     engine: Engine = "cascade",
     progress: Progress | None = None,
+    pictures: Pictures | None = None,
 ) -> Evaluation:
     """Judge the session's model on the track's examples.
 
@@ -63,12 +65,16 @@ def evaluate(
         engine: `"cascade"` attacks with AutoAttack what nothing has settled; `"reference"` runs it on every correctly
             classified example, which costs more and yields the metric `autoattack`.
         progress: told of every stage.
+        pictures: the corrupted images, where the track's set is read from official files; None makes them.
 
     Raises:
+        DataError: if the track's corruptions cannot be made, or do not suit its images.
         GateError: if an example is both certified and broken, or an attack left the ball; nothing may be published.
         ModelError: if the model breaks the classifier contract.
         WorkerError: if the model's process dies.
     """
+    pictures = pictures or made(track, examples)
+    require_possible(track, pictures)
     examiner = Examiner(session, track, examples, progress or NoProgress())
     verdicts = Verdicts(examples.hashes, examples.labels)
     examiner.progress.begin("contract", 1)
@@ -81,7 +87,10 @@ def evaluate(
     _autoattack(examiner, verdicts, engine)
     audit = crossed_audit(examiner, verdicts, all_attacked=engine == "reference")
     _gate(examiner, verdicts, audit)
-    _corruptions(examiner, verdicts)
+    judge_corrupted(examiner, verdicts, pictures)
+    attack_corrupted(examiner, verdicts, pictures)
+    if isinstance(pictures, OfficialFiles):
+        examiner.notes.append(pictures.note)
     return Evaluation(
         verdicts.table(),
         verdicts.adversarial,
@@ -134,23 +143,6 @@ def _autoattack(examiner: Examiner, verdicts: Verdicts, engine: Engine) -> None:
     if engine == "reference" and attacks == autoattack.STAGES:
         correct = np.flatnonzero(verdicts.clean)
         verdicts.autoattack.iloc[correct] = alive[correct]
-
-
-def _corruptions(examiner: Examiner, verdicts: Verdicts) -> None:
-    suite, examples = examiner.track.corruptions, examiner.examples
-    everything = np.ones(len(examiner.labels), dtype=bool)
-    examiner.progress.begin("corruptions", len(suite.names) * len(suite.severities) * len(everything))
-    for name in suite.names:
-        for severity in suite.severities:
-            correct = np.zeros(len(everything), dtype=bool)
-            for shard, _ in examiner.shards(everything):
-                keys = [examples.hashes[row] for row in shard]
-                spoiled = corrupt(
-                    examples.images[shard], corruption=name, severity=severity, keys=keys, seed=suite.seed
-                )
-                correct[shard] = examiner.predict("corruption", as_floats(spoiled)) == examiner.labels[shard]
-                examiner.progress.advance(len(shard))
-            verdicts.corrupted[f"corruption/{name}/{severity}"] = correct
 
 
 def _gate(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> None:

@@ -26,7 +26,7 @@ from robustboard.attacks.keyed import derive_seed
 from robustboard.bench.arrays import Images, ImageSet, Labels, as_floats, lines_digest
 from robustboard.bench.datasets import ARRAYS, Dataset
 from robustboard.bench.track import Track
-from robustboard.bench.trackfile import parse_track
+from robustboard.bench.trackfile import merged, parse_track
 from robustboard.defenses.adapter import Split, TrainingData
 from robustboard.errors import DataError, TrackError
 
@@ -90,7 +90,7 @@ def track_ids() -> tuple[str, ...]:
     """
     ids: list[str] = []
     for name in sorted(entry.name for entry in _folder().iterdir()):
-        if name.endswith(".toml") and name != "standard.toml":
+        if name.endswith(".toml") and "@" in name:
             base = name.removesuffix(".toml")
             ids.append(base)
             if "full" in _released(base):
@@ -164,8 +164,16 @@ def _folder() -> Any:
     return resources.files("robustboard.bench.tracks")
 
 
-def _released(base: str) -> dict[str, Any]:
-    return tomllib.loads((_folder() / f"{base}.toml").read_text(encoding="utf-8"))
+def _released(name: str) -> dict[str, Any]:
+    """What a file of the folder says, on top of its layers, on top of the track that it is a later version of."""
+    said = tomllib.loads((_folder() / f"{name}.toml").read_text(encoding="utf-8"))
+    content: dict[str, Any] = {}
+    if "base" in said:
+        content = _released(said.pop("base"))
+        content["title"] = f"{content['title']}, version {name.rpartition('@')[2]}"
+    for layer in said.pop("layers", ()):
+        content = merged(content, _released(layer))
+    return merged(content, said)
 
 
 def _full_id(base: str) -> str:

@@ -27,6 +27,7 @@ from robustboard.bench.entrants import find_entrant
 from robustboard.bench.environment import cores
 from robustboard.bench.evaluate import Engine, Evaluation, evaluate
 from robustboard.bench.examiner import Floats
+from robustboard.bench.official import corrupted_images
 from robustboard.bench.process import LOAD_SECONDS, WorkerProcess, Workers
 from robustboard.bench.protocol import Track, load_track, resolve, select
 from robustboard.bench.report import build_record
@@ -106,6 +107,7 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
     track = track if request.n is None else track.limited(request.n)
     dataset = load_dataset(track.dataset, data_dirs=data_folders(request.data_dirs), download=request.download)
     track, examples = resolve(track, dataset), select(track, dataset)
+    pictures = corrupted_images(track, examples, data_folders(request.data_dirs))
     entrant = find_entrant(request.defense, request.overrides, track, dataset, seed=request.seed)
     run = entrant.key if request.engine == "cascade" else f"{entrant.key}-{request.engine}"
     folder = request.run_dir or request.runs / track.id / entrant.info.name / run
@@ -117,7 +119,7 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
     ) as worker:
         brought = entrant.enter(worker, folder, watched)
         try:
-            found = evaluate(worker, track, examples, engine=request.engine, progress=watched)
+            found = evaluate(worker, track, examples, engine=request.engine, progress=watched, pictures=pictures)
         except GateError:
             # An earlier record of this very run is in doubt now, so it must not be published either.
             shutil.rmtree(folder / "record", ignore_errors=True)
@@ -183,7 +185,9 @@ def score(
     else:
         dataset = from_arrays(*data, classes=classes)
     loaded, examples = resolve(loaded, dataset), select(loaded, dataset)
-    found = evaluate(LocalSession(model, torch.device(device)), loaded, examples, engine=engine, progress=progress)
+    pictures = corrupted_images(loaded, examples, data_folders(data_dirs))
+    session = LocalSession(model, torch.device(device))
+    found = evaluate(session, loaded, examples, engine=engine, progress=progress, pictures=pictures)
     state = {key: value.detach().cpu().numpy() for key, value in model.state_dict().items()}
     title = name or type(model).__name__
     return build_record(

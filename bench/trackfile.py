@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -26,7 +26,7 @@ def parse_track(content: Mapping[str, Any], *, standard: Mapping[str, Any], wher
     Raises:
         TrackError: one sentence that names the key and what is allowed.
     """
-    values = _merged(standard, content)
+    values = merged(standard, content)
     values.setdefault("title", values.get("id"))
     values.setdefault("images_sha256", None)
     if isinstance(values.get("dataset"), Mapping):
@@ -39,12 +39,17 @@ def parse_track(content: Mapping[str, Any], *, standard: Mapping[str, Any], wher
         raise TrackError(_sentence(error, where)) from error
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """One set of values over another: tables are merged key by key, everything else is replaced.
+
+    >>> merged({"a": {"x": 1, "y": 2}, "b": 3}, {"a": {"y": 4}})
+    {'a': {'x': 1, 'y': 4}, 'b': 3}
+    """
+    result = dict(below)
     for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
 
 
 def _with_tuples(value: Any) -> Any:
@@ -110,6 +115,7 @@ def _allowed(loc: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = Track
     for part in loc:
         annotation = model.model_fields[str(part)].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+        for kind in (annotation, *get_args(annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                model = kind
     return sorted(model.model_fields)

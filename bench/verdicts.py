@@ -37,6 +37,8 @@ class Verdicts:
         survived: for each attack a nullable column; true is still correct, null is not run.
         autoattack: whether the example survived the reference engine; null where that did not run in full.
         adversarial: the perturbed image that broke an example, by row.
+        corrupted: by column, which corrupted images are classified correctly.
+        robust_corrupted: by column, which corrupted images were attacked, and which of these held.
     """
 
     hashes: Sequence[str]
@@ -49,6 +51,7 @@ class Verdicts:
     margins: npt.NDArray[np.float64] = field(init=False)
     adversarial: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     corrupted: dict[str, Flags] = field(default_factory=dict)
+    robust_corrupted: dict[str, tuple[Flags, Flags]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count = len(self.labels)
@@ -117,5 +120,9 @@ class Verdicts:
             "margin_lower": self.margins,
             "verdict": pd.Series(verdict, dtype="string"),
             **self.corrupted,
+            **{
+                column: pd.Series(held, dtype="boolean").where(attacked)
+                for column, (attacked, held) in self.robust_corrupted.items()
+            },
         }
         return pd.DataFrame(columns)

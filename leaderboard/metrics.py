@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from robustboard.errors import RecordError
 from robustboard.leaderboard import outcomes as tables
+from robustboard.leaderboard.corruption import RIFT_18, STANDARD_15
 from robustboard.leaderboard.statistics import Flags, mean_interval, wilson
 
 
@@ -45,8 +46,11 @@ def derive_metrics(outcomes: pd.DataFrame, *, bound_methods: Sequence[str] = ())
     `clean`, `robust` (certified, or survived every attack), `certified` and `undecided` are always there; `pgd` and
     `autoattack` only where that attack ran on every correctly classified example; `corruption` where there are
     corruption columns. Finer names follow: `certified/<method>` (by that method or one before it), `robust/<attack>`
-    (left after that stage of the cascade), `corruption/<name>`, `corruption/<name>/<severity>`, `class/<k>/clean` and
-    `class/<k>/robust`. Shares carry Wilson intervals, means over corruptions those of `mean_interval`.
+    (left after that stage of the cascade), `corruption/standard-15` and `corruption/rift-18` (the means over these
+    sets, where a table has them whole), `corruption/robust` and `corruption/robust/<name>/<severity>` (of the examples
+    whose corrupted images were attacked: still correct), `corruption/<name>`, `corruption/<name>/<severity>`,
+    `class/<k>/clean` and `class/<k>/robust`. Shares carry Wilson intervals, means over corruptions those of
+    `mean_interval`.
 
     Args:
         outcomes: a table that passes `check_outcomes`.
@@ -69,6 +73,7 @@ def derive_metrics(outcomes: pd.DataFrame, *, bound_methods: Sequence[str] = ())
     corruptions = tables.corruption_columns(outcomes)
     if corruptions:
         metrics["corruption"] = _mean(outcomes, [column for columns in corruptions.values() for column in columns])
+        metrics |= _means_of_sets(outcomes, corruptions) | _robust_corruption(outcomes)
     metrics |= _certified_by(outcomes, bound_methods)
     stages = [attack for attack in (*tables.ATTACKS, tables.REFERENCE) if outcomes[attack].notna().any()]
     for position, attack in enumerate(stages, start=1):
@@ -117,6 +122,26 @@ def _mean(outcomes: pd.DataFrame, columns: list[str]) -> Metric:
     low, high = mean_interval(flags)
     value = float(int(flags.sum()) / flags.size)
     return Metric(value=value, n=len(outcomes), low=min(low, value), high=max(high, value))
+
+
+def _means_of_sets(outcomes: pd.DataFrame, corruptions: Mapping[str, list[str]]) -> dict[str, Metric]:
+    """The unweighted means over the sets that papers report, where each of a set's corruptions has all severities."""
+    means = {}
+    for name, members in (("standard-15", STANDARD_15), ("rift-18", RIFT_18)):
+        if all(len(corruptions.get(member, ())) == 5 for member in members):
+            means[f"corruption/{name}"] = _mean(outcomes, [one for member in members for one in corruptions[member]])
+    return means
+
+
+def _robust_corruption(outcomes: pd.DataFrame) -> dict[str, Metric]:
+    columns = [column for columns in tables.robust_corruption_columns(outcomes).values() for column in columns]
+    if not columns:
+        return {}
+    attacked = outcomes.loc[outcomes[columns[0]].notna(), columns].astype(bool)
+    shares = {
+        f"corruption/robust/{column.partition('/')[2]}": _share(attacked[column].to_numpy(bool)) for column in columns
+    }
+    return {"corruption/robust": _mean(attacked, columns)} | shares
 
 
 def _certified_by(outcomes: pd.DataFrame, methods: Sequence[str]) -> dict[str, Metric]:

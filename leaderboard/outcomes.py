@@ -25,7 +25,10 @@ REFERENCE: Final = "autoattack"
 VERDICTS: Final = ("misclassified", "broken", "certified", "undecided")
 
 _ALL_ATTACKS: Final = (*ATTACKS, REFERENCE)
-_CORRUPTION: Final = re.compile(r"corruption/([a-z0-9][a-z0-9_-]{0,39})/([1-9][0-9]?)")
+# The names that are left out here are those of means, in the metrics.
+_CONDITION: Final = r"(?!(?:robust|standard-15|rift-18)/)([a-z0-9][a-z0-9_-]{0,39})/([1-9][0-9]?)"
+_CORRUPTION: Final = re.compile(f"corruption/{_CONDITION}")
+_ROBUST_CORRUPTION: Final = re.compile(f"robust_corruption/{_CONDITION}")
 _HASH: Final = re.compile(r"[0-9a-f]{16,64}")
 _METHOD: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,39}")
 _FIXED: Final[dict[str, str]] = {
@@ -79,10 +82,19 @@ def contradictions(outcomes: pd.DataFrame) -> list[str]:
 
 
 def corruption_columns(outcomes: pd.DataFrame) -> dict[str, list[str]]:
-    """The columns of each corruption by its name, severities ascending."""
+    """The columns of accuracy under each corruption by its name, severities ascending."""
+    return _by_name(outcomes, _CORRUPTION)
+
+
+def robust_corruption_columns(outcomes: pd.DataFrame) -> dict[str, list[str]]:
+    """The columns of attacked corrupted images by the corruption's name, severities ascending; null is not attacked."""
+    return _by_name(outcomes, _ROBUST_CORRUPTION)
+
+
+def _by_name(outcomes: pd.DataFrame, pattern: re.Pattern[str]) -> dict[str, list[str]]:
     found: dict[str, list[tuple[int, str]]] = {}
     for column in outcomes.columns:
-        if match := _CORRUPTION.fullmatch(column):
+        if match := pattern.fullmatch(column):
             found.setdefault(match[1], []).append((int(match[2]), column))
     return {name: [column for _, column in sorted(found[name])] for name in sorted(found)}
 
@@ -118,6 +130,7 @@ def check_outcomes(outcomes: pd.DataFrame) -> None:
         ran = outcomes[attack].notna().to_numpy(bool)
         if ran.any():
             _refuse(outcomes, undecided & ~ran, f"undecided although {attack} ran on others and not on them.")
+    _check_robust_corruption(outcomes)
 
 
 def to_parquet(outcomes: pd.DataFrame) -> bytes:
@@ -127,7 +140,8 @@ def to_parquet(outcomes: pd.DataFrame) -> bytes:
     """
     ordered = outcomes.sort_values("index", kind="stable")
     corruptions = [column for columns in corruption_columns(outcomes).values() for column in columns]
-    kinds = _FIXED | dict.fromkeys(corruptions, "bool")
+    attacked = [column for columns in robust_corruption_columns(outcomes).values() for column in columns]
+    kinds = _FIXED | dict.fromkeys(corruptions, "bool") | dict.fromkeys(attacked, "nullable boolean")
     arrays = {name: pa.Array.from_pandas(ordered[name], type=_ARROW[kind]) for name, kind in kinds.items()}
     sink = io.BytesIO()
     pq.write_table(pa.table(arrays), sink, compression="zstd", version="2.6", store_schema=False)
@@ -145,7 +159,7 @@ def from_parquet(content: bytes, *, name: str = "The outcome table") -> pd.DataF
     except (pa.ArrowException, OSError, ValueError) as error:
         raise RecordError(f"{name} cannot be read as Parquet, so it is damaged or something else.") from error
     for column in table.columns:
-        kind = _FIXED.get(column, "")
+        kind = _kind(str(column))
         if kind == "nullable boolean":
             table[column] = table[column].astype("boolean")
         elif kind.endswith("text"):
@@ -161,15 +175,37 @@ def _check_columns(outcomes: pd.DataFrame) -> None:
         raise RecordError(f"The outcome table has the column {repeated[0]!r} twice.")
     if missing := [name for name in _FIXED if name not in names]:
         raise RecordError(f"The outcome table lacks the column {', '.join(missing)}.")
-    if unknown := [name for name in names if name not in _FIXED and not _CORRUPTION.fullmatch(name)]:
+    patterns = (_CORRUPTION, _ROBUST_CORRUPTION)
+    if unknown := [n for n in names if n not in _FIXED and not any(pattern.fullmatch(n) for pattern in patterns)]:
         raise RecordError(
             f"The outcome table has the unknown column {unknown[0]!r}; besides the fixed ones, columns are called "
-            "corruption/<name>/<severity>."
+            "corruption/<name>/<severity> or robust_corruption/<name>/<severity>."
         )
     for name in names:
-        kind = _FIXED.get(name, "bool")
+        kind = _kind(name)
         if not _is_kind(outcomes[name], kind):
             raise RecordError(f"The column {name!r} must be {kind}, not {outcomes[name].dtype}.")
+
+
+def _kind(name: str) -> str:
+    return _FIXED.get(name, "nullable boolean" if _ROBUST_CORRUPTION.fullmatch(name) else "bool")
+
+
+def _check_robust_corruption(outcomes: pd.DataFrame) -> None:
+    """The same examples are attacked under every condition, and none holds where it was misclassified to begin with."""
+    columns = [column for columns in robust_corruption_columns(outcomes).values() for column in columns]
+    for column in columns:
+        plain = column.removeprefix("robust_")
+        if plain not in outcomes:
+            raise RecordError(f"The outcome table has the column {column!r} but not {plain!r}.")
+        held = outcomes[column].fillna(value=False).to_numpy(bool)
+        _refuse(outcomes, held & ~outcomes[plain].to_numpy(bool), f"{column} although {plain} is false.")
+    if columns:
+        attacked = outcomes[columns].notna()
+        some, every = attacked.any(axis=1).to_numpy(bool), attacked.all(axis=1).to_numpy(bool)
+        if not some.any():
+            raise RecordError("The outcome table has attacks on corrupted images of no example.")
+        _refuse(outcomes, some & ~every, "attacked under some corruptions and not under others.")
 
 
 def _is_kind(column: pd.Series, kind: str) -> bool:

@@ -24,6 +24,12 @@ _COLUMNS: Final = (
     ("certified", "Certified", "Share proven: no allowed perturbation changes the class."),
     ("undecided", "Undecided", "Share that no attack broke and no bound proved; robust less certified."),
     ("corruption", "Corruption", "Mean accuracy over the protocol's common corruptions at all severities."),
+    (
+        "corruption/robust",
+        "Corrupted, robust",
+        "Of some examples: share whose corrupted image is still classified correctly after projected gradient descent "
+        "around it, mean over the attacked corruptions.",
+    ),
 )
 
 
@@ -100,9 +106,8 @@ def board_view(board: Board, slug: str) -> BoardView:
     """Prepare one board; `slug` must be safe in a file name."""
     records = [entry.record for entry in board.entries] + list(board.apart)
     content = records[0].track.content
-    measured = {name for record in records for name in record.metrics} | {name for name, *_ in _COLUMNS} - {
-        "autoattack"
-    }
+    always = {name for name, *_ in _COLUMNS} - {"autoattack", "corruption/robust"}
+    measured = {name for record in records for name in record.metrics} | always
     columns = [Column(*column) for column in _COLUMNS if column[0] in measured]
     return BoardView(
         board=board,

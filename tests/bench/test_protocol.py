@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from robustboard.attacks.keyed import content_hash
 from robustboard.bench.arrays import ImageSet
+from robustboard.bench.corruptions import SETS
 from robustboard.bench.datasets import Dataset, from_arrays, load_dataset
 from robustboard.bench.protocol import (
     Track,
@@ -34,7 +35,7 @@ n = 200
 """
 
 # The radius and data of every released track, as the papers and the board's plan have them.
-RELEASED = {
+FIRST = {
     "digits-linf@1": ("digits", "linf", "1/10"),
     "mnist-linf@1": ("mnist", "linf", "1/10"),
     "mnist-linf-0.3@1": ("mnist", "linf", "3/10"),
@@ -50,6 +51,11 @@ RELEASED = {
     "cifar100-linf@1": ("cifar100", "linf", "8/255"),
     "tiny-imagenet-linf@1": ("tiny-imagenet", "linf", "1.785/255"),
 }
+
+# The second version of each has the complete corruption sets.
+SECOND = {name.replace("@1", "@2"): said for name, said in FIRST.items()}
+RELEASED = FIRST | SECOND
+WHOLE = ("digits-linf@1", "digits-linf@2")  # judged whole, without a variant
 
 # A released track never changes; a new meaning is a new version with a line of its own here.
 FROZEN = {
@@ -80,6 +86,33 @@ FROZEN = {
     "mnist-linf-full@1": "2a9d6afd8f6e13b1",
     "tiny-imagenet-linf@1": "91ec7951d6758308",
     "tiny-imagenet-linf-full@1": "41602f01e692a00a",
+    "cifar10-l2-full@2": "e7bf811d6d638956",
+    "cifar10-l2@2": "05fe1a48dc7ddb9e",
+    "cifar10-linf-2-full@2": "8c173243598c4190",
+    "cifar10-linf-2@2": "ac199f50337b64c6",
+    "cifar10-linf-full@2": "4fb0978598e4f2e2",
+    "cifar10-linf@2": "a43a798ca80b3e1e",
+    "cifar10-q75-l2-full@2": "65ed19b3e7110e77",
+    "cifar10-q75-l2@2": "a617a8d1c8c5a570",
+    "cifar10-q75-linf-2-full@2": "61e5883a0dc6ee06",
+    "cifar10-q75-linf-2@2": "19ed72ec48ca8ba8",
+    "cifar10-q75-linf-full@2": "1ff041c354729232",
+    "cifar10-q75-linf@2": "a54ee93aea62fc1f",
+    "cifar10-q75-plane-horse-linf-full@2": "86edb2b4a7b7a1e7",
+    "cifar10-q75-plane-horse-linf@2": "5b001adb32b12275",
+    "cifar100-linf-full@2": "8427eb0b491d0f68",
+    "cifar100-linf@2": "49a887a4f69e4a62",
+    "digits-linf@2": "66caa2ef4117b3b5",
+    "fmnist-linf-full@2": "ba8fb6590b253a8d",
+    "fmnist-linf@2": "f6a59d0af31ec74b",
+    "mnist-3v8-linf-full@2": "b09625933282a2f4",
+    "mnist-3v8-linf@2": "f50996c080fcf360",
+    "mnist-linf-0.3-full@2": "1a1cbf787f69913b",
+    "mnist-linf-0.3@2": "34cb3c42dae6369d",
+    "mnist-linf-full@2": "399d2e34e2621a40",
+    "mnist-linf@2": "259aadc1f4e2c933",
+    "tiny-imagenet-linf-full@2": "8f089be44c9a2c88",
+    "tiny-imagenet-linf@2": "f4e81b6f36434a3f",
 }
 
 
@@ -115,22 +148,43 @@ def test_the_released_tracks_are_those_promised():
     bases = [name for name in track_ids() if "-full@" not in name]
     assert sorted(bases) == sorted(RELEASED)
     fulls = {name.replace("-full@", "@") for name in track_ids() if "-full@" in name}
-    assert fulls == set(RELEASED) - {"digits-linf@1"}, "digits is judged whole already"
+    assert fulls == set(RELEASED) - set(WHOLE), "digits is judged whole already"
 
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_released_track_says_what_its_name_says(name):
     track = load_track(name)
     assert (track.id, track.dataset, track.threat.norm, track.threat.text) == (name, *RELEASED[name])
-    assert track.n == ("all" if name == "digits-linf@1" else 1000)
+    assert track.n == ("all" if name in WHOLE else 1000)
 
 
-@pytest.mark.parametrize("name", [name for name in RELEASED if name != "digits-linf@1"])
+@pytest.mark.parametrize("name", [name for name in RELEASED if name not in WHOLE])
 def test_a_full_variant_differs_in_its_images_alone(name):
     base, full = load_track(name), load_track(name.replace("@", "-full@"))
     assert full.n == "all"
     changed = {key for key, value in full.frozen().items() if value != base.frozen()[key]}
     assert {"id", "title", "n"} <= changed <= {"id", "title", "n", "images_sha256"}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_a_second_version_differs_in_its_corruptions_alone(name):
+    first, second = load_track(name.replace("@2", "@1")).frozen(), load_track(name).frozen()
+    assert {key for key in first if first[key] != second[key]} == {"id", "title", "corruptions"}
+    assert first.keys() == second.keys()
+    suite = load_track(name).corruptions
+    grey = second["dataset"] in ("mnist", "mnist-3v8", "fashion-mnist")
+    assert suite.set == ("mnist-c-style" if grey else "cifar10-c-style")
+    assert set(suite.names) == set(SETS[suite.set].names[: 15 if grey else 19])
+    assert len(suite.conditions) == (15 if grey else 95)
+    assert len(suite.attacked) == 5
+    assert set(suite.attacked) <= set(suite.conditions)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_first_versions_say_nothing_of_attacks_on_corrupted_images(name):
+    """Their hashes were made before there was such a table."""
+    assert "robust" not in load_track(name).frozen()["corruptions"]
+    assert load_track(name).corruptions.attacked == ()
 
 
 @pytest.mark.parametrize("name", FROZEN)
@@ -200,6 +254,8 @@ def test_the_hash_knows_meaning_not_formatting_or_place(tmp_path):
         {"bounds": {"methods": ["crown"]}},
         {"audit": {"certified_sample": 1}},
         {"corruptions": {"severities": [1, 2]}},
+        {"corruptions": {"names": ["fog"]}},
+        {"corruptions": {"robust": {"examples": 5, "names": ["contrast"], "severity": 1, "seed": 0}}},
         {"training": {"validation": 30}},
         {"hyper": {"pgd-at": {"epochs": 3}}},
     ],
@@ -262,6 +318,23 @@ def test_two_classes_have_no_dlr():
         ("[bounds]\nmethods = 'ibp'", "must be a list"),
         ("[corruptions]\nnames = ['fogg']", "a list out of gaussian_noise"),
         ("[corruptions]\nseverities = [6]", "less than or equal to 5"),
+        ("[corruptions]\nseverities = []", r"severities must be a list without repetition"),
+        ("[corruptions]\nseverities = [1, 1]", "without repetition"),
+        ("[corruptions]\nseverities = 'fixed'", "the set cifar10-c-style fixes none"),
+        ("[corruptions]\nset = 'mnist-c-style'\nnames = ['stripe']", 'severities that stripe has, or "fixed"'),
+        ("[corruptions]\nset = 'mnist-c-style'\nnames = ['saturat']", "a list out of shot_noise, impulse_noise"),
+        ("[corruptions]\nset = 'imagenet-c'", "'mnist-c'"),
+        (
+            "[corruptions.robust]\nexamples = 9\nnames = ['fog']\nseverity = 3\nseed = 0",
+            "robust must be a table whose names and severity are among those of the suite",
+        ),
+        (
+            "[corruptions.robust]\nexamples = 9\nnames = ['contrast']\nseverity = 3\nseed = 0\nfoo = 1",
+            r"corruptions\.robust\.foo is not known; allowed are examples, names, seed, severity",
+        ),
+        ("[corruptions.robust]\nexamples = 9", r"corruptions\.robust\.names is missing"),
+        ("[corruptions.robust]\nexamples = 9\nnames = ['contrast']\nseverity = 9\nseed = 0", "a severity from 1 to 5"),
+        ('base = "mnist-linf@1"', "the key base is not known"),
         ("[training]\nvalidation = '3/2'", "a fraction below one"),
         ("[training]\ntrain = 'some'", 'or "all"'),
         ("[hyper.x]\na = nan", "finite number"),
@@ -312,9 +385,9 @@ def test_what_a_track_cannot_do_without_is_named(key):
 
 
 def test_an_unknown_id_lists_its_neighbours():
-    with pytest.raises(TrackError, match=r"did you mean mnist-linf@1.*`robustboard tracks`"):
+    with pytest.raises(TrackError, match=r"did you mean mnist-linf@2 or mnist-linf@1.*`robustboard tracks`"):
         load_track("mnist-linf")
-    for wrong in ("digits-linf-full@1", "standard", "", "mnist-linf@2"):
+    for wrong in ("digits-linf-full@2", "standard", "standard-2", "", "mnist-linf@3"):
         with pytest.raises(TrackError, match="is not known"):
             load_track(wrong)
 

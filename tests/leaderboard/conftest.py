@@ -18,9 +18,19 @@ CORRUPTIONS = ("gaussian_noise", "contrast")
 
 
 def table(
-    *, n: int = 60, seed: int = 0, clean: float = 0.9, hold: float = 0.7, proven: float = 0.4, reference: bool = False
+    *,
+    n: int = 60,
+    seed: int = 0,
+    clean: float = 0.9,
+    hold: float = 0.7,
+    proven: float = 0.4,
+    reference: bool = False,
+    attacked: int = 0,
 ) -> pd.DataFrame:
-    """An outcome table with about these shares of clean, robust and certified examples."""
+    """An outcome table with about these shares of clean, robust and certified examples.
+
+    `attacked` is of how many examples corrupted images were attacked, at severity 2.
+    """
     rng = np.random.default_rng(seed)
     # One difficulty an example, the same for all seeds: defenses agree on what is hard, as they do in life.
     difficulty = np.random.default_rng(99).random(n) * 0.6 + rng.random(n) * 0.4
@@ -56,6 +66,10 @@ def table(
     for name in CORRUPTIONS:
         for severity in (1, 2, 3):
             frame[f"corruption/{name}/{severity}"] = correct & (rng.random(n) > 0.12 * severity)
+    chosen = np.random.default_rng(98).permutation(n) < attacked
+    for name in CORRUPTIONS if attacked else ():
+        held = frame[f"corruption/{name}/2"] & (rng.random(n) > 0.4)
+        frame[f"robust_corruption/{name}/2"] = held.astype("boolean").where(chosen)
     return frame
 
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from robustboard.errors import RecordError
+from robustboard.leaderboard.corruption import RIFT_18, STANDARD_15
 from robustboard.leaderboard.metrics import Metric, check_metrics, derive_metrics
 from robustboard.leaderboard.outcomes import ATTACKS
 from robustboard.leaderboard.statistics import mean_interval, wilson
@@ -77,6 +78,40 @@ def test_corruption_is_the_mean_over_all_columns_with_the_interval_of_a_mean(mak
     assert (metric.low, metric.high) == pytest.approx(mean_interval(frame[columns].to_numpy()))
     single = derive_metrics(frame, bound_methods=METHODS)["corruption/contrast/2"]
     assert single.value == frame["corruption/contrast/2"].mean()
+
+
+def test_robust_accuracy_on_corrupted_images_is_of_those_that_were_attacked(make_table: Table) -> None:
+    frame = make_table(n=150, attacked=40)
+    columns = [column for column in frame if column.startswith("robust_corruption/")]
+    chosen = frame[frame[columns[0]].notna()]
+    assert len(chosen) == 40
+    metrics = derive_metrics(frame, bound_methods=METHODS)
+    held = chosen[columns].astype(bool)
+    metric = metrics["corruption/robust"]
+    assert (metric.value, metric.n) == (pytest.approx(held.to_numpy().mean()), 40)
+    assert (metric.low, metric.high) == pytest.approx(mean_interval(held.to_numpy()))
+    single = metrics["corruption/robust/contrast/2"]
+    assert single.value == held["robust_corruption/contrast/2"].mean()
+    assert (single.low, single.high) == wilson(int(held["robust_corruption/contrast/2"].sum()), 40)
+    assert single.value <= chosen["corruption/contrast/2"].mean()
+    assert not any(name.startswith("corruption/robust") for name in derive_metrics(make_table(), bound_methods=METHODS))
+
+
+def test_means_over_the_sets_of_papers_need_the_whole_set(make_table: Table) -> None:
+    rng = np.random.default_rng(0)
+    frame = make_table(n=50).drop(columns=[c for c in make_table() if c.startswith("corruption/")])
+    names = (*STANDARD_15, *(name for name in RIFT_18 if name not in STANDARD_15))
+    assert len(names) == 19
+    conditions = {f"corruption/{name}/{severity}": rng.random(50) < 0.7 for name in names for severity in range(1, 6)}
+    whole = frame.assign(**conditions)
+    metrics = derive_metrics(whole, bound_methods=METHODS)
+    for metric, members in (("standard-15", STANDARD_15), ("rift-18", RIFT_18)):
+        columns = [column for column in conditions if column.split("/")[1] in members]
+        assert len(columns) == 5 * len(members)
+        assert metrics[f"corruption/{metric}"].value == pytest.approx(whole[columns].to_numpy().mean())
+    fewer = derive_metrics(whole.drop(columns="corruption/glass_blur/4"), bound_methods=METHODS)
+    assert "corruption/standard-15" not in fewer
+    assert fewer["corruption/rift-18"] == metrics["corruption/rift-18"], "RiFT leaves glass blur out"
 
 
 def test_classes_are_shares_of_their_own_examples(make_table: Table) -> None:

@@ -74,6 +74,45 @@ BROKEN_TABLES: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
 }
 
 
+def at_chosen(frame: pd.DataFrame, column: str, value: object, *, correct: bool) -> pd.DataFrame:
+    """Set `column` for the first example whose corrupted image was attacked and classified as `correct` says."""
+    plain = frame[column.removeprefix("robust_")]
+    row = int(np.flatnonzero(frame[column].notna() & (plain == correct))[0])
+    frame.loc[row, column] = value
+    return frame
+
+
+ROBUST = "robust_corruption/contrast/2"
+BROKEN_ATTACKS: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
+    "plain bools": (lambda f: f.assign(**{ROBUST: True}), f"'{ROBUST}' must be nullable boolean"),
+    "without the accuracy": (
+        lambda f: f.drop(columns="corruption/contrast/2"),
+        f"has the column '{ROBUST}' but not 'corruption/contrast/2'",
+    ),
+    "of nobody": (
+        lambda f: f.assign(
+            **{c: pd.array([pd.NA] * len(f), dtype="boolean") for c in f if c.startswith("robust_corruption/")}
+        ),
+        "attacks on corrupted images of no example",
+    ),
+    "of others under each": (lambda f: at_chosen(f, ROBUST, pd.NA, correct=True), "attacked under some corruptions"),
+    "holds what was lost": (
+        lambda f: at_chosen(f, ROBUST, True, correct=False),
+        f"is {ROBUST} although corruption/contrast/2 is false",
+    ),
+    "the name of a mean": (lambda f: f.assign(**{"corruption/rift-18/1": True}), "unknown column"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_ATTACKS)
+def test_contradictory_attacks_on_corrupted_images_are_refused(case: str, make_table: Table) -> None:
+    spoil, words = BROKEN_ATTACKS[case]
+    check_outcomes(make_table(attacked=30))
+    with pytest.raises(RecordError) as caught:
+        check_outcomes(spoil(make_table(attacked=30)))
+    assert words in str(caught.value)
+
+
 @pytest.mark.parametrize("case", BROKEN_TABLES)
 def test_a_contradictory_table_is_refused_in_one_sentence(case: str, make_table: Table) -> None:
     spoil, words = BROKEN_TABLES[case]
@@ -98,10 +137,10 @@ def test_no_corruption_and_no_bounds_make_a_valid_table(make_table: Table) -> No
 
 
 def test_parquet_returns_the_same_table_with_its_dtypes(make_table: Table) -> None:
-    frame = make_table()
-    back = from_parquet(to_parquet(frame))
-    check_outcomes(back)
-    pd.testing.assert_frame_equal(back[list(frame)], frame)
+    for frame in (make_table(), make_table(attacked=20)):
+        back = from_parquet(to_parquet(frame))
+        check_outcomes(back)
+        pd.testing.assert_frame_equal(back[list(frame)], frame)
 
 
 def test_columns_that_are_all_null_survive_parquet(make_table: Table) -> None:
@@ -112,7 +151,7 @@ def test_columns_that_are_all_null_survive_parquet(make_table: Table) -> None:
 
 
 def test_equal_tables_give_equal_bytes_whatever_their_order(make_table: Table) -> None:
-    frame = make_table()
+    frame = make_table(attacked=20)
     shuffled = frame.sample(frac=1, random_state=1)[list(reversed(frame.columns))]
     assert to_parquet(shuffled) == to_parquet(frame)
 

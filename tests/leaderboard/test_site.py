@@ -48,6 +48,15 @@ def test_autoattack_is_a_column_where_it_was_run(scored: Build) -> None:
     assert page.count("not run") == 1
 
 
+def test_attacks_on_corrupted_images_are_a_column_where_they_were_made(scored: Build) -> None:
+    attacked = scored("a", {"attacked": 20})
+    page = render_site([attacked, scored("b")])["index.html"].decode()
+    assert "Corrupted, robust</th>" in page
+    assert f'<span class="v">{100 * attacked.metrics["corruption/robust"].value:.1f}</span>' in page
+    assert page.count("not run") == 1
+    assert "Corrupted, robust</th>" not in render_site([scored("b")])["index.html"].decode()
+
+
 def test_bounds_that_did_not_run_are_not_printed_as_zero(scored: Build, make_table: Callable[..., object]) -> None:
     from robustboard.leaderboard.record import derive_metrics
 
