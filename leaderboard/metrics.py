@@ -75,7 +75,8 @@ def derive_metrics(outcomes: pd.DataFrame, *, bound_methods: Sequence[str] = ())
         metrics["corruption"] = _mean(outcomes, [column for columns in corruptions.values() for column in columns])
         metrics |= _means_of_sets(outcomes, corruptions) | _robust_corruption(outcomes)
     metrics |= _certified_by(outcomes, bound_methods)
-    stages = [attack for attack in (*tables.ATTACKS, tables.REFERENCE) if outcomes[attack].notna().any()]
+    attacks = (*tables.ATTACKS, tables.REFERENCE, tables.CHALLENGE)
+    stages = [attack for attack in attacks if attack in outcomes and outcomes[attack].notna().any()]
     for position, attack in enumerate(stages, start=1):
         metrics[f"robust/{attack}"] = _share(clean & ~tables.broken(outcomes, stages[:position]))
     for name, columns in corruptions.items():

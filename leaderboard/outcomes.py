@@ -22,9 +22,12 @@ ATTACKS: Final = ("pgd", "apgd_ce", "apgd_t", "fab_t", "square")
 """The cascade's attacks, in the order they run."""
 REFERENCE: Final = "autoattack"
 """The column of the reference engine: whether an example survived all of AutoAttack."""
+CHALLENGE: Final = "challenge"
+"""The column of other people's adversarial examples, in tables that a challenge was entered in and in no others."""
 VERDICTS: Final = ("misclassified", "broken", "certified", "undecided")
 
-_ALL_ATTACKS: Final = (*ATTACKS, REFERENCE)
+_PROTOCOL_ATTACKS: Final = (*ATTACKS, REFERENCE)
+_ALL_ATTACKS: Final = (*_PROTOCOL_ATTACKS, CHALLENGE)
 # The names that are left out here are those of means, in the metrics.
 _CONDITION: Final = r"(?!(?:robust|standard-15|rift-18)/)([a-z0-9][a-z0-9_-]{0,39})/([1-9][0-9]?)"
 _CORRUPTION: Final = re.compile(f"corruption/{_CONDITION}")
@@ -36,13 +39,14 @@ _FIXED: Final[dict[str, str]] = {
     "index": "int64",
     "label": "int64",
     "clean": "bool",
-    **dict.fromkeys(_ALL_ATTACKS, "nullable boolean"),
+    **dict.fromkeys(_PROTOCOL_ATTACKS, "nullable boolean"),
     "broken_by": "nullable text",
     "certified": "bool",
     "certified_by": "nullable text",
     "margin_lower": "nullable float64",
     "verdict": "text",
 }
+_OPTIONAL: Final[dict[str, str]] = {CHALLENGE: "nullable boolean"}
 _ARROW: Final[dict[str, pa.DataType]] = {
     "text": pa.string(),
     "nullable text": pa.string(),
@@ -113,7 +117,7 @@ def check_outcomes(outcomes: pd.DataFrame) -> None:
             "the model before publishing anything."
         )
     clean, certified = outcomes["clean"].to_numpy(bool), outcomes["certified"].to_numpy(bool)
-    attacked = outcomes[list(_ALL_ATTACKS)].notna().any(axis=1).to_numpy(bool)
+    attacked = outcomes[[attack for attack in _ALL_ATTACKS if attack in outcomes]].notna().any(axis=1).to_numpy(bool)
     by_attack, by_method = outcomes["broken_by"].notna().to_numpy(bool), outcomes["certified_by"].notna().to_numpy(bool)
     _refuse(outcomes, ~clean & attacked, "misclassified yet attacked; a misclassified example is never attacked.")
     _refuse(outcomes, ~clean & (certified | by_method), "misclassified yet certified; only correct ones can be.")
@@ -126,7 +130,7 @@ def check_outcomes(outcomes: pd.DataFrame) -> None:
     wrong = (outcomes["verdict"].astype(object) != verdicts(outcomes).astype(object)).to_numpy(bool)
     _refuse(outcomes, wrong, "given a verdict that does not follow from the other columns.")
     undecided = clean & ~certified & ~by_attack
-    for attack in _ALL_ATTACKS:
+    for attack in _PROTOCOL_ATTACKS:
         ran = outcomes[attack].notna().to_numpy(bool)
         if ran.any():
             _refuse(outcomes, undecided & ~ran, f"undecided although {attack} ran on others and not on them.")
@@ -141,7 +145,8 @@ def to_parquet(outcomes: pd.DataFrame) -> bytes:
     ordered = outcomes.sort_values("index", kind="stable")
     corruptions = [column for columns in corruption_columns(outcomes).values() for column in columns]
     attacked = [column for columns in robust_corruption_columns(outcomes).values() for column in columns]
-    kinds = _FIXED | dict.fromkeys(corruptions, "bool") | dict.fromkeys(attacked, "nullable boolean")
+    optional = {name: kind for name, kind in _OPTIONAL.items() if name in ordered}
+    kinds = _FIXED | optional | dict.fromkeys(corruptions, "bool") | dict.fromkeys(attacked, "nullable boolean")
     arrays = {name: pa.Array.from_pandas(ordered[name], type=_ARROW[kind]) for name, kind in kinds.items()}
     sink = io.BytesIO()
     pq.write_table(pa.table(arrays), sink, compression="zstd", version="2.6", store_schema=False)
@@ -175,8 +180,8 @@ def _check_columns(outcomes: pd.DataFrame) -> None:
         raise RecordError(f"The outcome table has the column {repeated[0]!r} twice.")
     if missing := [name for name in _FIXED if name not in names]:
         raise RecordError(f"The outcome table lacks the column {', '.join(missing)}.")
-    patterns = (_CORRUPTION, _ROBUST_CORRUPTION)
-    if unknown := [n for n in names if n not in _FIXED and not any(pattern.fullmatch(n) for pattern in patterns)]:
+    named, patterns = _FIXED | _OPTIONAL, (_CORRUPTION, _ROBUST_CORRUPTION)
+    if unknown := [n for n in names if n not in named and not any(pattern.fullmatch(n) for pattern in patterns)]:
         raise RecordError(
             f"The outcome table has the unknown column {unknown[0]!r}; besides the fixed ones, columns are called "
             "corruption/<name>/<severity> or robust_corruption/<name>/<severity>."
@@ -188,7 +193,7 @@ def _check_columns(outcomes: pd.DataFrame) -> None:
 
 
 def _kind(name: str) -> str:
-    return _FIXED.get(name, "nullable boolean" if _ROBUST_CORRUPTION.fullmatch(name) else "bool")
+    return (_FIXED | _OPTIONAL).get(name, "nullable boolean" if _ROBUST_CORRUPTION.fullmatch(name) else "bool")
 
 
 def _check_robust_corruption(outcomes: pd.DataFrame) -> None:

@@ -10,10 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-import pandas as pd
-
-from robustboard.leaderboard.record import Record, sort_key
+from robustboard.leaderboard.comparison import shared_flags
+from robustboard.leaderboard.record import Record, in_force, sort_key
 from robustboard.leaderboard.statistics import Flags, Paired, mcnemar_exact, rank_intervals
 
 SIGNIFICANCE: Final = 0.05
@@ -58,25 +56,27 @@ class Board:
 def boards(records: Iterable[Record]) -> list[Board]:
     """One board for each track, by id and hash: the order of `records` does not matter.
 
+    A record that a challenge has lowered gives way to the lowered one where both are there.
+
     Raises:
         RecordError: if a record came without its outcome table.
     """
     by_track: dict[tuple[str, str], list[Record]] = {}
-    for record in sorted(records, key=sort_key):
+    for record in sorted(in_force(records), key=sort_key):
         by_track.setdefault((record.track.id, record.track.hash), []).append(record)
     return [_board(track, found) for track, found in sorted(by_track.items())]
 
 
 def compare(first: Record, second: Record) -> Paired:
     """The exact paired test of two records' robust accuracy on the examples they share."""
-    held = _held([first, second])
+    held = shared_flags([first, second], "robust")
     return mcnemar_exact(held[0], held[1])
 
 
 def _board(track: tuple[str, str], records: Sequence[Record]) -> Board:
     ranked = sorted((record for record in records if record.status == "ok"), key=_standing)
     apart = tuple(sorted((record for record in records if record.status != "ok"), key=_standing))
-    held = _held(ranked)
+    held = shared_flags(ranked, "robust")
     intervals = rank_intervals(held, seed=_SEED) if ranked else []
     values = [record.metrics["robust"].value for record in ranked]
     entries = tuple(
@@ -90,20 +90,6 @@ def _board(track: tuple[str, str], records: Sequence[Record]) -> Board:
 def _standing(record: Record) -> tuple[float, float, float, tuple[str, ...]]:
     metrics = record.metrics
     return -metrics["robust"].value, -metrics["certified"].value, -metrics["clean"].value, sort_key(record)
-
-
-def _held(records: Sequence[Record]) -> Flags:
-    """Which shared examples each record holds on (certified, or survived every attack), (records, examples)."""
-    columns = []
-    for record in records:
-        outcomes = record.outcomes.sort_values("index", kind="stable")
-        # Test sets contain the odd duplicate image: its copies are told apart by their order.
-        copy = outcomes.groupby("example").cumcount()
-        held = outcomes["verdict"].isin(["certified", "undecided"]).to_numpy(bool)
-        columns.append(pd.Series(held, index=pd.MultiIndex.from_arrays([outcomes["example"], copy])))
-    if not columns:
-        return np.empty((0, 0), dtype=bool)
-    return pd.concat(columns, axis=1, join="inner").to_numpy(bool).T
 
 
 def _tie_groups(held: Flags) -> list[int]:

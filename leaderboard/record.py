@@ -9,13 +9,14 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
 
 from robustboard.errors import OutputError, RecordError
+from robustboard.leaderboard.addenda import AttackSpread, Challenge
 from robustboard.leaderboard.metrics import Metric, check_metrics, derive_metrics
 from robustboard.leaderboard.outcomes import check_outcomes, from_parquet, to_parquet
 from robustboard.leaderboard.schema import (
@@ -35,7 +36,9 @@ __all__ = [
     "OUTCOMES_FILE",
     "RECORD_FILE",
     "SCHEMA_VERSION",
+    "AttackSpread",
     "Audit",
+    "Challenge",
     "Claim",
     "DefenseInfo",
     "Environment",
@@ -46,6 +49,7 @@ __all__ = [
     "attach",
     "check_outcomes",
     "derive_metrics",
+    "in_force",
     "load",
     "load_all",
     "make_record",
@@ -132,6 +136,21 @@ def load_all(root: Path, *, ignore: Container[str] = ()) -> list[Record]:
     if not records:
         raise RecordError(f"There is no {RECORD_FILE} anywhere under {root}.")
     return [records[key] for key in sorted(records)]
+
+
+def in_force(records: Iterable[Record]) -> list[Record]:
+    """`records` without those that a challenge among them has replaced, in the same order."""
+    found = list(records)
+    replaced = {
+        (record.track.hash, record.checkpoint_sha256, challenge.replaces)
+        for record in found
+        for challenge in record.challenges
+    }
+    return [
+        record
+        for record in found
+        if (record.track.hash, record.checkpoint_sha256, record.outcomes_sha256) not in replaced
+    ]
 
 
 def sort_key(record: Record) -> tuple[str, ...]:

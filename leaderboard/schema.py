@@ -30,8 +30,10 @@ from pydantic import (
 )
 
 from robustboard.errors import RecordError
+from robustboard.leaderboard.addenda import AttackSpread, Challenge
 from robustboard.leaderboard.metrics import Metric
 from robustboard.leaderboard.outcomes import from_parquet
+from robustboard.leaderboard.statistics import sandwich_interval
 
 SCHEMA_VERSION: Final = 1
 
@@ -194,6 +196,8 @@ class Record(_Part):
         notes: sentences for the reader, such as why bounds are missing.
         diagnostics: what the diagnostics found, by diagnostic.
         status: `ok`, or `suspicious` or `invalid` with at least one sentence in `reasons`.
+        attack_spread: robust accuracy on a subset under other attack seeds, where that was asked for.
+        challenges: those that lowered this record, the first one first.
         outcomes_sha256: of the bytes of outcomes.parquet; filled in by `save` and `attach`.
     """
 
@@ -216,6 +220,8 @@ class Record(_Part):
     notes: Annotated[tuple[Words, ...], Field(max_length=100)] = ()
     status: Literal["ok", "suspicious", "invalid"] = "ok"
     reasons: Annotated[tuple[Words, ...], Field(max_length=100)] = ()
+    attack_spread: AttackSpread | None = None
+    challenges: Annotated[tuple[Challenge, ...], Field(max_length=100)] = ()
     outcomes_sha256: Sha256 | None = None
 
     # Bytes, not a frame: records stay comparable, and nobody can change the table under its hash.
@@ -238,8 +244,19 @@ class Record(_Part):
 
     @property
     def true_robust(self) -> tuple[float, float]:
-        """Where the true robust accuracy lies: the lower limit of `certified` to the upper limit of `robust`."""
-        return self.metrics["certified"].low, self.metrics["robust"].high
+        """Where the true robust accuracy lies: limits that hold both `certified` and `robust`, together at 95 %."""
+        certified, robust = (round(self.metrics[name].value * self.n) for name in ("certified", "robust"))
+        return sandwich_interval(certified, robust, self.n)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The content hashes of the undecided examples, in the table's order: what a challenge can still break.
+
+        Raises:
+            RecordError: if this record came without its table.
+        """
+        outcomes = self.outcomes
+        return tuple(outcomes.loc[outcomes["verdict"] == "undecided", "example"].tolist())
 
     @property
     def outcomes_parquet(self) -> bytes:

@@ -39,6 +39,25 @@ def test_a_consistent_table_is_accepted(make_table: Table) -> None:
         assert set(frame["verdict"]) == {"misclassified", "broken", "certified", "undecided"}
 
 
+def _challenged(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(challenge=pd.array([pd.NA] * len(frame), dtype="boolean"))
+
+
+def test_a_challenge_is_the_last_to_break_and_need_not_try_every_example(make_table: Table) -> None:
+    """A table without challenges has the bytes it always had; one with them comes back from the disk as it was."""
+    frame = make_table()
+    entered = set_at(_challenged(frame), "undecided", challenge=False, broken_by="challenge", verdict="broken")
+    check_outcomes(entered)
+    back = from_parquet(to_parquet(entered))
+    pd.testing.assert_series_equal(back["challenge"], entered["challenge"])
+    assert "challenge" not in from_parquet(to_parquet(frame))
+    row = first(frame, "undecided")
+    earlier = entered.copy()
+    earlier.loc[row, "pgd"] = False
+    with pytest.raises(RecordError, match="broken_by must name the first"):
+        check_outcomes(earlier)
+
+
 BROKEN_TABLES: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
     "no rows": (lambda f: f.iloc[:0], "no rows"),
     "missing column": (lambda f: f.drop(columns="pgd"), "lacks the column pgd"),
@@ -70,6 +89,19 @@ BROKEN_TABLES: dict[str, tuple[Callable[[pd.DataFrame], pd.DataFrame], str]] = {
     "broken by nobody": (lambda f: set_at(f, "broken", broken_by=pd.NA), "broken_by must name the first"),
     "broken by another": (lambda f: set_at(f, "broken", broken_by="square"), "broken_by must name the first"),
     "breaker of an unbroken one": (lambda f: set_at(f, "undecided", broken_by="pgd"), "broken_by must name the first"),
+    "challenged though misclassified": (
+        lambda f: set_at(_challenged(f), "misclassified", challenge=True),
+        "misclassified yet attacked",
+    ),
+    "challenged though certified": (
+        lambda f: set_at(_challenged(f), "certified", challenge=False),
+        "both certified and broken",
+    ),
+    "challenged and still undecided": (
+        lambda f: set_at(_challenged(f), "undecided", challenge=False),
+        "broken_by must name the first",
+    ),
+    "plain bools for a challenge": (lambda f: f.assign(challenge=True), "'challenge' must be nullable boolean"),
     "skipped an attack": (lambda f: set_at(f, "undecided", square=pd.NA), "undecided although square ran on others"),
 }
 

@@ -57,3 +57,13 @@ def test_every_protocol_has_a_board_of_its_own(scored: Build) -> None:
 
 def test_no_records_make_no_boards() -> None:
     assert boards([]) == []
+
+
+def test_a_lowered_record_takes_the_place_of_the_one_that_was_challenged(scored: Build) -> None:
+    before, other = scored("one"), scored("two")
+    challenge = {"file_sha256": "ab" * 32, "given": 9, "held": 9, "lowered": 9, "replaces": before.outcomes_sha256}
+    after = scored("one", {"hold": 0.5}, challenges=[challenge])
+    (board,) = boards([before, other, after])
+    assert [entry.record for entry in board.entries] == [other, after]
+    (alone,) = boards([before, other])
+    assert {entry.record.defense.name for entry in alone.entries} == {"one", "two"}

@@ -13,7 +13,19 @@ import pandas as pd
 import pytest
 
 from robustboard.errors import OutputError, RecordError
-from robustboard.leaderboard.record import Audit, Record, attach, load, load_all, make_record, parse_record, save
+from robustboard.leaderboard.record import (
+    AttackSpread,
+    Audit,
+    Challenge,
+    Record,
+    attach,
+    load,
+    load_all,
+    make_record,
+    parse_record,
+    save,
+)
+from robustboard.leaderboard.statistics import sandwich_interval
 
 Build = Callable[..., Record]
 Content = Callable[..., dict[str, Any]]
@@ -52,6 +64,10 @@ def test_a_record_without_its_table_says_so(make_content: Content, make_table: T
         _ = make_record(make_content(make_table())).outcomes
 
 
+SPREAD = {"n": 50, "seeds": [0, 1], "values": [0.5, 0.5], "min": 0.5, "max": 0.5, "sd": 0.0, "would_break": 0}
+CHALLENGE = {"file_sha256": "ab" * 32, "given": 3, "held": 2, "lowered": 1, "replaces": "cd" * 32}
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown field": ({"rank": 1}, "rank"),
     "infinite seconds": ({"cost": {"pgd": {"seconds": float("inf")}}}, "cost.pgd.seconds"),
@@ -67,6 +83,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "number that is none": ({"diagnostics": {"loss": [float("nan")]}}, "finite"),
     "no reason": ({"status": "suspicious"}, "must give its reasons"),
     "missing metric": ({"metrics": {}}, "the metric clean is missing"),
+    "spread that does not follow": ({"attack_spread": {**SPREAD, "sd": 0.5}}, "min, max and sd"),
+    "spread without the protocol's seed": ({"attack_spread": {**SPREAD, "seeds": [1, 2]}}, "begin with 0"),
+    "challenge that held more than it gave": ({"challenges": [{**CHALLENGE, "held": 9}]}, "at most all can hold"),
+    "challenge that lowered nothing": ({"challenges": [{**CHALLENGE, "lowered": 0}]}, "challenges.0.lowered"),
     "other schema": ({"schema_version": 2}, "schema_version"),
     "climbing track id": ({"track": {"id": "../../etc", "hash": "3f" * 32, "content": {}}}, "track.id"),
 }
@@ -237,11 +257,33 @@ def test_load_all_without_records_is_one_sentence(tmp_path: Path) -> None:
         load_all(tmp_path / "nowhere")
 
 
-def test_the_true_robust_accuracy_spans_certified_to_robust(scored: Build) -> None:
-    record = scored()
-    assert record.true_robust == (record.metrics["certified"].low, record.metrics["robust"].high)
-
-
 def test_json_is_read_back_to_the_same_text(scored: Build) -> None:
     text = scored().to_json()
     assert parse_record(text).to_json() == text
+
+
+def test_the_true_robust_accuracy_lies_in_the_sandwich_interval(scored: Build) -> None:
+    record = scored()
+    counts = [round(record.metrics[name].value * record.n) for name in ("certified", "robust")]
+    assert record.true_robust == sandwich_interval(*counts, record.n)
+
+
+def test_the_targets_of_a_record_are_its_undecided_examples(scored: Build) -> None:
+    record = scored()
+    by_example = record.outcomes.set_index("example")["verdict"]
+    assert set(record.targets) == set(by_example.index[by_example == "undecided"])
+    assert len(record.targets) == round(record.metrics["undecided"].value * record.n) > 0
+
+
+def test_a_spread_and_a_challenge_survive_the_disk(scored: Build, tmp_path: Path) -> None:
+    record = scored(attack_spread=SPREAD, challenges=[CHALLENGE])
+    save(record, record.outcomes, tmp_path)
+    again = load(tmp_path)
+    assert again == record
+    assert [again.attack_spread, *again.challenges] == [AttackSpread(**SPREAD), Challenge(**CHALLENGE)]
+
+
+def test_a_record_from_before_spreads_and_challenges_is_still_read(scored: Build) -> None:
+    text = json.loads(scored().to_json())
+    del text["attack_spread"], text["challenges"]
+    assert parse_record(json.dumps(text)).challenges == ()

@@ -1,0 +1,86 @@
+"""How much a defense's numbers move with its training seed: trainings that differ in nothing else, side by side.
+
+This is kept apart from the spread over attack seeds, which is about one trained network, and from a record's interval,
+which is about the finite test set: three different uncertainties, never added up.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from robustboard.leaderboard.record import Record, sort_key
+
+METRICS: Final = ("clean", "robust", "certified")
+
+
+@dataclass(frozen=True)
+class SeedValues:
+    """One metric over training seeds.
+
+    Attributes:
+        values: by seed, in the order of the seeds.
+        sd: the standard deviation of a sample; None for a single seed.
+    """
+
+    values: tuple[float, ...]
+    mean: float
+    sd: float | None
+    min: float
+    max: float
+
+
+@dataclass(frozen=True)
+class TrainingSpread:
+    """Trainings of one defense on one track that differ in their seed alone.
+
+    Attributes:
+        n: how many examples each was judged on.
+        seeds: the training seeds, ascending.
+        metrics: by name, those of `METRICS`.
+    """
+
+    track_id: str
+    track_hash: str
+    defense: str
+    n: int
+    seeds: tuple[int, ...]
+    metrics: dict[str, SeedValues]
+
+
+def training_spreads(records: Iterable[Record]) -> list[TrainingSpread]:
+    """The spread of every group of records that differ in their training seed alone, one or more seeds each.
+
+    Records without a training seed (submissions) belong to no group. Where a seed is there more than once, such as
+    before and after a challenge, the lowest robust accuracy counts.
+    """
+    groups: dict[tuple[str, ...], dict[int, Record]] = {}
+    for record in sorted(records, key=sort_key):
+        if "training" not in record.seeds:
+            continue
+        key = (record.track.id, record.track.hash, record.defense.name, repr(sorted(record.hyper.items())))
+        by_seed = groups.setdefault(key, {})
+        seed = record.seeds["training"]
+        if seed not in by_seed or record.metrics["robust"].value < by_seed[seed].metrics["robust"].value:
+            by_seed[seed] = record
+    return [_spread(by_seed) for _, by_seed in sorted(groups.items())]
+
+
+def _spread(by_seed: dict[int, Record]) -> TrainingSpread:
+    seeds = tuple(sorted(by_seed))
+    one = by_seed[seeds[0]]
+    return TrainingSpread(
+        one.track.id,
+        one.track.hash,
+        one.defense.name,
+        one.n,
+        seeds,
+        {name: _values([by_seed[seed].metrics[name].value for seed in seeds]) for name in METRICS},
+    )
+
+
+def _values(values: list[float]) -> SeedValues:
+    sd = statistics.stdev(values) if len(values) > 1 else None
+    return SeedValues(tuple(values), statistics.fmean(values), sd, min(values), max(values))
