@@ -1,4 +1,6 @@
-"""The command line: `robustboard demo | tracks | corruptions | defenses | score | leaderboard | claims`.
+"""The command line: `robustboard demo | tracks | corruptions | defenses | score | leaderboard | claims`, and more.
+
+The commands on finished records are in `cli_records`.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 a finding (a broken gate),
 2 misuse or unusable input, 130 interrupted.
@@ -6,19 +8,22 @@ Results go to standard output, progress and errors to standard error. Exit codes
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from robustboard.bench import cli_records
+from robustboard.bench.cli_options import AsJson, DataDir
+from robustboard.bench.cli_options import overrides as _overrides
+from robustboard.bench.cli_options import print_json as _print_json
 from robustboard.errors import FindingError, OutputError, RobustBoardError, TrackingError, first_line
 
 if TYPE_CHECKING:
@@ -35,14 +40,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+cli_records.register(app)
+
 _DEFAULT_RUNS = Path("runs")
 _CORRUPTION_METRICS = ("corruption/standard-15", "corruption/rift-18", "corruption/robust")
 
 Runs = Annotated[Path, typer.Option("--runs", help="Folder of run directories and of the MLflow store.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
-DataDir = Annotated[
-    list[Path] | None, typer.Option("--data-dir", help="A folder to look for data in; may be repeated.")
-]
 Mlflow = Annotated[
     str | None,
     typer.Option("--mlflow", help="URI of the MLflow store [default: MLFLOW_TRACKING_URI, else RUNS/mlflow.db]."),
@@ -140,6 +143,9 @@ def score(
         Literal["cascade", "reference"],
         typer.Option(help="cascade attacks what is undecided; reference runs AutoAttack on every example."),
     ] = "cascade",
+    attack_seeds: Annotated[
+        int, typer.Option(min=0, max=99, help="Other attack seeds to try on a subset, for the spread.")
+    ] = 0,
     runs: Runs = _DEFAULT_RUNS,
     run_dir: Annotated[
         Path | None, typer.Option(help="This run's folder [default: RUNS/track/defense/seed-S].")
@@ -165,6 +171,7 @@ def score(
         device=device,
         threads=threads,
         engine=attack_engine,
+        attack_seeds=attack_seeds,
         runs=runs,
         run_dir=run_dir,
         data_dirs=tuple(data_dir or ()),
@@ -303,16 +310,6 @@ def _verify(
     return fresh
 
 
-def _overrides(settings: list[str]) -> dict[str, object]:
-    overrides: dict[str, object] = {}
-    for text in settings:
-        name, equals, value = text.partition("=")
-        if not equals or not name.strip():
-            raise RobustBoardError(f"--set takes name=value, such as --set epochs=10, not {text!r}.")
-        overrides[name.strip()] = value.strip()
-    return overrides
-
-
 def _shown(record: Record, name: str) -> str:
     metric = record.metrics.get(name)
     return "not run" if metric is None else f"{metric.value:.1%} \\[{metric.low:.1%}, {metric.high:.1%}]"
@@ -340,12 +337,16 @@ def _print_record(record: Record) -> None:
     console = Console()
     console.print(f"[bold]{escape(record.defense.title)}[/bold] on {record.track.id}, n = {record.n}")
     console.print(table)
+    if spread := record.attack_spread:
+        console.print(
+            f"attack seeds: robust {spread.min:.1%} to {spread.max:.1%} over {len(spread.seeds)} seeds, sd "
+            f"{spread.sd:.2%}, on a subset of n = {spread.n}; {spread.would_break} undecided examples would have been "
+            "broken",
+            markup=False,
+            highlight=False,
+        )
     for note in record.notes:
         console.print(f"Note: {note}", markup=False, highlight=False)
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 class _StopSignal(BaseException):

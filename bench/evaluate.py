@@ -16,11 +16,14 @@ from robustboard.bench.examiner import REFERENCE_FORWARDS, Examiner, Floats, Sta
 from robustboard.bench.official import OfficialFiles
 from robustboard.bench.protocol import Examples, Track
 from robustboard.bench.session import Session
-from robustboard.bench.verdicts import Verdicts
+from robustboard.bench.verdicts import Flags, Verdicts
 from robustboard.defenses.adapter import NoProgress, Progress
 from robustboard.errors import GateError
 
 Engine = Literal["cascade", "reference"]
+
+THOROUGH = ("fab_t", "square")
+"""AutoAttack's last two: most of its passes, few of its breaks. FAB seeks the nearest image, whatever the radius."""
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,14 @@ def _bounds(examiner: Examiner, verdicts: Verdicts) -> None:
             examiner.progress.advance(len(rows))
 
 
-def _autoattack(examiner: Examiner, verdicts: Verdicts, engine: Engine) -> None:
+def _autoattack(examiner: Examiner, verdicts: Verdicts, engine: Engine, *, spared: Flags | None = None) -> None:
     attacks = autoattack.applicable(examiner.examples.classes)
     alive = verdicts.open if engine == "cascade" else verdicts.clean.copy()
     for attack in attacks:
         before = alive.mean()
-        examiner.progress.begin(f"AutoAttack: {attack}", int(alive.sum()) * REFERENCE_FORWARDS[attack])
-        for rows, broken, found in examiner.autoattack("autoattack", attack, alive.copy()):
+        shown = alive & ~spared if spared is not None and attack in THOROUGH else alive.copy()
+        examiner.progress.begin(f"AutoAttack: {attack}", int(shown.sum()) * REFERENCE_FORWARDS[attack])
+        for rows, broken, found in examiner.autoattack("autoattack", attack, shown):
             verdicts.attacked(attack, rows, broken, found)
             alive[rows[broken]] = False
         if attack == "square":
@@ -154,3 +158,27 @@ def _gate(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> None:
             f"{found[0].certified_by} and {found[0].broken_by}); this is a bug in a bound, an attack or the model "
             "wrapper, so nothing is published."
         )
+
+
+def attack(examiner: Examiner, verdicts: Verdicts) -> None:
+    """The attacks alone, in the cascade's order: PGD on what is clean, AutoAttack on what is open then."""
+    _pgd(examiner, verdicts)
+    _autoattack(examiner, verdicts, "cascade")
+
+
+def settle(examiner: Examiner, verdicts: Verdicts, *, unbounded: Flags, spared: Flags) -> None:
+    """The cascade from PGD to AutoAttack on what is clean, for a caller with radii of its own choice.
+
+    Args:
+        examiner: puts the questions.
+        verdicts: its `clean` says which examples are judged.
+        unbounded: (N,), the examples that bounds pass over.
+        spared: (N,), the examples that the attacks of `THOROUGH` pass over.
+    """
+    judged = verdicts.clean
+    _pgd(examiner, verdicts)
+    # Bounds take what is open, and what is not clean is not open.
+    verdicts.clean = judged & ~unbounded
+    _bounds(examiner, verdicts)
+    verdicts.clean = judged
+    _autoattack(examiner, verdicts, "cascade", spared=spared)

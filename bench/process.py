@@ -122,6 +122,10 @@ class WorkerProcess:
         """Train a built-in defense; the reply has the number of parameters, and the state as arrays."""
         return self._ask("train", params, arrays, self._silence_seconds, progress, None)
 
+    def restore(self, state: Mapping[str, Array]) -> Reply:
+        """Give the trained model other weights, strictly by name."""
+        return self._ask("restore", {}, state, self._silence_seconds, NoProgress(), None)
+
     def call(
         self,
         operation: str,

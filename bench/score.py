@@ -1,8 +1,9 @@
 """Scoring one defense: data, a model in its own process, the evaluation, the record, the run directory.
 
 A run directory holds `checkpoints/` (what a killed training continues from), `model.safetensors` (a trained model's
-weights), `adversarial.npz` (the images that broke it) and `record/` (what can be published). The record is written last
-and whole, so a run directory with a record is a finished run.
+weights), `adversarial.npz` (the images that broke it), `seed-breaks.npz` (those that only another attack seed found)
+and `record/` (what can be published). The stored images are judged again from their file; the record is written after
+that, last and whole, so a run directory with a record is a finished run.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,15 +23,18 @@ import torch
 from safetensors.numpy import save as to_safetensors
 from torch import nn
 
+from robustboard.bench.attack_seeds import SeedStudy, study_attack_seeds
 from robustboard.bench.datasets import data_folders, from_arrays, load_dataset
 from robustboard.bench.entrants import find_entrant
 from robustboard.bench.environment import cores
 from robustboard.bench.evaluate import Engine, Evaluation, evaluate
 from robustboard.bench.examiner import Floats
 from robustboard.bench.official import corrupted_images
+from robustboard.bench.perturbed_file import write_perturbed
 from robustboard.bench.process import LOAD_SECONDS, WorkerProcess, Workers
-from robustboard.bench.protocol import Track, load_track, resolve, select
+from robustboard.bench.protocol import Examples, Track, load_track, resolve, select
 from robustboard.bench.report import build_record
+from robustboard.bench.rescore import rescore
 from robustboard.bench.session import LocalSession
 from robustboard.defenses.adapter import NoProgress, Progress
 from robustboard.errors import GateError, OutputError
@@ -51,6 +55,7 @@ class Request:
         device: a torch device.
         threads: of the model's process; None takes every core.
         engine: see `evaluate`.
+        attack_seeds: how many other seeds the attacks are run with on a subset; see `study_attack_seeds`.
         runs: where run directories are made.
         run_dir: this run's directory, in place of one under `runs`.
         data_dirs: folders to look for data in, before those of ROBUSTBOARD_DATA.
@@ -66,6 +71,7 @@ class Request:
     device: str = "cpu"
     threads: int | None = None
     engine: Engine = "cascade"
+    attack_seeds: int = 0
     runs: Path = Path("runs")
     run_dir: Path | None = None
     data_dirs: tuple[Path, ...] = ()
@@ -120,6 +126,11 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
         brought = entrant.enter(worker, folder, watched)
         try:
             found = evaluate(worker, track, examples, engine=request.engine, progress=watched, pictures=pictures)
+            study = study_attack_seeds(
+                worker, track, examples, found.outcomes, seeds=request.attack_seeds, progress=watched
+            )
+            _store(folder, brought.weights, found, study, examples)
+            rescore(worker, track, examples, found.outcomes, folder / "adversarial.npz", progress=watched)
         except GateError:
             # An earlier record of this very run is in doubt now, so it must not be published either.
             shutil.rmtree(folder / "record", ignore_errors=True)
@@ -138,9 +149,7 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
         device=device,
         threads=threads,
     )
-    if brought.weights is not None:
-        replace_file(folder / "model.safetensors", lambda file: file.write(brought.weights or b""))
-    replace_file(folder / "adversarial.npz", lambda file: _pack(found, file))
+    record = record.model_copy(update={"attack_spread": study.spread if study else None})
     record = save(record, found.outcomes, folder / "record")
     return Scored(record, folder / "record", examples.floats(), tuple(watched.notes))
 
@@ -205,11 +214,20 @@ def score(
     )
 
 
-def _pack(found: Evaluation, file: BinaryIO) -> None:
-    """Write the images that broke examples, by row, as an npz."""
-    rows = sorted(found.adversarial)
-    images = np.array([found.adversarial[row] for row in rows], dtype=np.float32)
-    np.savez_compressed(file, index=np.array(rows, dtype=np.int64), images=images)
+def _store(folder: Path, weights: bytes | None, found: Evaluation, study: SeedStudy | None, examples: Examples) -> None:
+    """Write everything of a run but its record."""
+    if weights is not None:
+        replace_file(folder / "model.safetensors", lambda file: file.write(weights))
+    _pack(folder / "adversarial.npz", found.adversarial, examples)
+    if study is not None:
+        _pack(folder / "seed-breaks.npz", study.breaks, examples)
+
+
+def _pack(path: Path, images: Mapping[int, Floats], examples: Examples) -> None:
+    """Write the images that broke examples, by row."""
+    rows = sorted(images)
+    stacked = np.array([images[row] for row in rows], dtype=np.float32)
+    write_perturbed(path, rows, stacked.reshape(len(rows), *examples.images.shape[1:]), examples.hashes)
 
 
 def _require_writable(folder: Path) -> None:

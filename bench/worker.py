@@ -27,7 +27,7 @@ from robustboard.bench.operations import Operations, Reply
 from robustboard.defenses import registry, submission
 from robustboard.defenses.adapter import Split, TrainingData
 from robustboard.defenses.checkpoints import CheckpointStore
-from robustboard.errors import DefenseError, RobustBoardError, WorkerError, first_line
+from robustboard.errors import DefenseError, ModelError, RobustBoardError, WorkerError, first_line
 
 _SIGN_OF_LIFE_SECONDS = 0.2
 
@@ -100,11 +100,23 @@ class _Worker:
         self._teller = _Teller(channel)
         self._device = torch.device("cpu")
         self._operations: Operations | None = None
+        self._model: nn.Module | None = None
 
     def _adopt(self, model: nn.Module) -> Reply:
-        model = model.to(self._device).eval()
+        model = self._model = model.to(self._device).eval()
         self._operations = Operations(model, self._device, self._teller.forwards)
         return Reply({"parameters": sum(p.numel() for p in model.parameters())}, {})
+
+    def _restore(self, arrays: Mapping[str, Array]) -> Reply:
+        """Other weights, strictly by name, for the model that was trained."""
+        if self._model is None:
+            raise WorkerError("No model is loaded yet.")
+        state = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
+        try:
+            self._model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ModelError(f"The weights do not fit the network: {first_line(error)}.") from error
+        return self._adopt(self._model)
 
     def _state(self, model: nn.Module) -> dict[str, Array]:
         return {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
@@ -121,6 +133,8 @@ class _Worker:
             began = time.perf_counter()
             model = _train(params, arrays, self._teller, self._device)
             return Reply(self._adopt(model).values, self._state(model), seconds=time.perf_counter() - began)
+        if operation == "restore":
+            return self._restore(arrays)
         if self._operations is None:
             raise WorkerError("No model is loaded yet.")
         return self._operations.run(operation, params, arrays)

@@ -45,6 +45,10 @@ class RecordError(RobustBoardError):
     """A record, or its outcome table, does not follow the schema."""
 
 
+class ChallengeError(RobustBoardError):
+    """Somebody's adversarial examples cannot be used: not such a file, or not allowed perturbations."""
+
+
 class TrackingError(RobustBoardError):
     """The MLflow store cannot be used."""
 

@@ -41,3 +41,12 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Make or replace `path` with `text` in UTF-8; see `replace_file`.
+
+    Raises:
+        OutputError: if it cannot be written; what was there before stays.
+    """
+    replace_file(path, lambda file: file.write(text.encode()))

@@ -81,7 +81,11 @@ def _sites(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize(
     ("fault", "sentence"),
-    [("half_eps", "both certified and broken"), ("wide_attack", "left the linf ball")],
+    [
+        ("half_eps", "both certified and broken"),
+        ("wide_attack", "left the linf ball"),
+        ("stale_store", "stored adversarial"),
+    ],
 )
 def test_the_gate_leaves_exit_code_one_a_sentence_and_no_record(
     run, make_submission, quadrant_track, tmp_path, fault, sentence

@@ -1,0 +1,45 @@
+"""Options that several commands share, and what they all do with text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from robustboard.errors import RobustBoardError
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else there.")]
+DataDir = Annotated[
+    list[Path] | None, typer.Option("--data-dir", help="A folder to look for data in; may be repeated.")
+]
+Device = Annotated[str, typer.Option(help="A torch device, such as cpu or cuda.")]
+Download = Annotated[bool, typer.Option("--download", help="Download data that is not found.")]
+LoadSeconds = Annotated[float, typer.Option(min=1, help="How long a submitted model may take to load.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="A hyper-parameter; may be repeated.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads for the model [default: all cores].")]
+
+
+def overrides(settings: list[str]) -> dict[str, object]:
+    """Hyper-parameters from `name=value` words.
+
+    Raises:
+        RobustBoardError: if a word is not of that form.
+
+    >>> overrides(["epochs=10"])
+    {'epochs': '10'}
+    """
+    found: dict[str, object] = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise RobustBoardError(f"--set takes name=value, such as --set epochs=10, not {text!r}.")
+        found[name.strip()] = value.strip()
+    return found
+
+
+def print_json(value: Any) -> None:
+    """Print plain values as JSON on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,52 @@
+"""Several trainings of one defense that differ in their seed alone; see `training_spread` for what is made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from robustboard.bench.datasets import data_folders, load_dataset
+from robustboard.bench.entrants import TrainedEntrant, find_entrant
+from robustboard.bench.protocol import load_track, resolve
+from robustboard.bench.score import Request, score_defense
+from robustboard.defenses.adapter import Progress
+from robustboard.errors import DefenseError
+from robustboard.leaderboard.record import RECORD_FILE, Record, load
+from robustboard.leaderboard.training_spread import TrainingSpread, training_spreads
+
+
+def run_training_seeds(request: Request, seeds: Sequence[int], progress: Progress | None = None) -> TrainingSpread:
+    """Score a built-in defense with every seed; a run that is finished under `request.runs` is read, not repeated.
+
+    Args:
+        request: what to score; its seed and run directory are not used.
+        seeds: the training seeds.
+        progress: told of every stage.
+
+    Raises:
+        RobustBoardError: one sentence, with the exit code of its class.
+    """
+    records = [_finished(one) or score_defense(one, progress).record for one in _requests(request, seeds)]
+    (spread,) = training_spreads(records)
+    return spread
+
+
+def _requests(request: Request, seeds: Sequence[int]) -> list[Request]:
+    return [replace(request, seed=seed, run_dir=None) for seed in seeds]
+
+
+def _finished(request: Request) -> Record | None:
+    """The record of this very run, if its run directory has one."""
+    track = load_track(request.track)
+    track = track if request.n is None else track.limited(request.n)
+    dataset = load_dataset(track.dataset, data_dirs=data_folders(request.data_dirs), download=request.download)
+    track = resolve(track, dataset)
+    entrant = find_entrant(request.defense, request.overrides, track, dataset, seed=request.seed)
+    if not isinstance(entrant, TrainedEntrant):
+        raise DefenseError("A submission is one trained network, so there are no training seeds to compare.")
+    folder = request.runs / track.id / entrant.info.name / entrant.key / "record"
+    if not (folder / RECORD_FILE).is_file():
+        return None
+    record = load(folder)
+    same = record.track.hash == track.hash and record.seeds.get("training") == request.seed
+    return record if same and record.hyper == dict(entrant.hyper) else None
