@@ -62,6 +62,7 @@ def run_stage(
     seed: int,
     batch_size: int,
     classes: int,
+    queries: int | None = None,
 ) -> StageResult:
     """Run one stage of the standard version on images that are still classified correctly.
 
@@ -77,6 +78,8 @@ def run_stage(
         seed: of the engine's random draws.
         batch_size: images attacked together.
         classes: K.
+        queries: for Square, fewer than the standard version's 5000, its schedule drawn together accordingly. What
+            runs then is Square Attack, and no stage of AutoAttack.
 
     Raises:
         TrackError: for a stage that is unknown or that these classes or images do not admit.
@@ -87,7 +90,9 @@ def run_stage(
     _require_stage(stage, threat, images, classes)
     guarded = _Guarded(model, classes)
     with _isolated(model), _heard() as heard:
-        attack = _stage(guarded, threat=threat, stage=stage, seed=seed, classes=classes, device=images.device)
+        attack = _stage(
+            guarded, threat=threat, stage=stage, seed=seed, classes=classes, device=images.device, queries=queries
+        )
         found = [
             attack(images[first : first + batch_size].clone(), labels[first : first + batch_size].clone())
             for first in range(0, len(images), batch_size)
@@ -161,7 +166,14 @@ def _require_stage(stage: str, threat: ThreatModel, images: Tensor, classes: int
 
 
 def _stage(
-    model: _Guarded, *, threat: ThreatModel, stage: str, seed: int, classes: int, device: torch.device
+    model: _Guarded,
+    *,
+    threat: ThreatModel,
+    stage: str,
+    seed: int,
+    classes: int,
+    device: torch.device,
+    queries: int | None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The function of a batch that `run_standard_evaluation` would call for this stage."""
     from pyautoattack import AutoAttack
@@ -172,6 +184,8 @@ def _stage(
     engine.apgd_targeted.n_target_classes = engine.fab.n_target_classes = min(_TARGETS, classes - 1)
     engine.apgd.loss = "ce"
     engine.fab.targeted = True
+    if queries is not None:
+        engine.square.n_queries, engine.square.rescale_schedule = queries, True
     attacks: dict[str, Any] = {
         "apgd_ce": engine.apgd,
         "apgd_t": engine.apgd_targeted,

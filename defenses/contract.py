@@ -6,13 +6,65 @@ deterministic, judges every image by itself, answers the same with and without a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from robustboard.errors import ModelError, first_line
 
 # Matrix products of other batch sizes sum in another order: float32 rounding, far below any real dependence.
-_BATCH_TOLERANCE = 1e-3
+CHANGE_TOLERANCE = 1e-3
+
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """How a classifier behaves where the contract could be broken and still be answered.
+
+    Changes are the largest move of a logit as a share of the largest logit (at least one).
+
+    Attributes:
+        repeat_change: between calls with the same images.
+        batch_change: between an image alone and in a batch.
+        autograd_change: between recording gradients and not.
+        gradient: whether a gradient reaches the input, `present`, `missing`, or `not finite` on some image.
+    """
+
+    repeat_change: float
+    batch_change: float
+    autograd_change: float
+    gradient: Literal["present", "missing", "not finite"]
+
+
+def examine_classifier(model: nn.Module, images: Tensor, *, classes: int) -> Behaviour:
+    """Measure `model` on a few real images, and refuse only what no verdict can be formed of.
+
+    Args:
+        model: the classifier, in eval mode.
+        images: (N, C, H, W) float32 in [0, 1], on the model's device; 16 are plenty.
+        classes: K.
+
+    Raises:
+        ModelError: if it is in train mode, fails, or its answers are not float32 logits (N, K) that are finite numbers.
+    """
+    if model.training:
+        raise ModelError("The model is in train mode; call model.eval() before it is judged.")
+    logits = _forward(model, images)
+    _check_logits(logits, len(images), classes)
+    scale = logits.abs().amax().clamp(min=1.0)
+    repeats = [_forward(model, images) for _ in range(_REPEATS)]
+    for answer in repeats:
+        _check_logits(answer, len(images), classes)
+    traced, gradient = _traced(model, images)
+    return Behaviour(
+        max(_change(answer, logits, scale) for answer in repeats),
+        _change(_alone(model, images, classes), logits, scale),
+        _change(traced, logits, scale),
+        gradient,
+    )
 
 
 def check_classifier(model: nn.Module, images: Tensor, *, classes: int) -> None:
@@ -26,17 +78,25 @@ def check_classifier(model: nn.Module, images: Tensor, *, classes: int) -> None:
     Raises:
         ModelError: naming the first rule that the model breaks, and the mend.
     """
-    if model.training:
-        raise ModelError("The model is in train mode; call model.eval() before it is judged.")
-    logits = _forward(model, images)
-    _check_logits(logits, len(images), classes)
-    if not torch.equal(logits, _forward(model, images)):
+    found = examine_classifier(model, images, classes=classes)
+    if found.repeat_change > 0:
         raise ModelError(
             "The model answers the same images differently the second time; randomness at inference is outside the "
             "protocol, so fix its seed or remove it."
         )
-    _check_batch_independence(model, images, logits)
-    _check_autograd(model, images, logits)
+    if found.batch_change > CHANGE_TOLERANCE:
+        raise ModelError(
+            f"The model answers an image differently alone than in a batch (logits move by {found.batch_change:.2g} of "
+            "their scale); batch statistics at inference are outside the protocol."
+        )
+    if found.autograd_change > CHANGE_TOLERANCE:
+        raise ModelError(
+            "The model answers differently when gradients are recorded; a forward pass must not look at autograd."
+        )
+    if found.gradient == "missing":
+        raise ModelError(
+            "No gradient reaches the model's input (something detaches it), so gradient attacks cannot judge it."
+        )
 
 
 def _forward(model: nn.Module, images: Tensor) -> Tensor:
@@ -71,37 +131,30 @@ def _check_logits(logits: Tensor, count: int, classes: int) -> None:
         )
 
 
-def _check_batch_independence(model: nn.Module, images: Tensor, logits: Tensor) -> None:
+def _change(answer: Tensor, logits: Tensor, scale: Tensor) -> float:
+    return float((answer - logits).abs().amax() / scale)
+
+
+def _alone(model: nn.Module, images: Tensor, classes: int) -> Tensor:
+    """The logits of images that are shown one at a time."""
     answers = [_forward(model, image.unsqueeze(0)) for image in images]
     for answer in answers:
-        _check_logits(answer, 1, logits.shape[1])
-    alone = torch.cat(answers)
-    scale = logits.abs().amax().clamp(min=1.0)
-    worst = float((alone - logits).abs().amax() / scale)
-    if worst > _BATCH_TOLERANCE:
-        raise ModelError(
-            f"The model answers an image differently alone than in a batch (logits move by {worst:.2g} of their "
-            "scale); batch statistics at inference are outside the protocol."
-        )
+        _check_logits(answer, 1, classes)
+    return torch.cat(answers)
 
 
-def _check_autograd(model: nn.Module, images: Tensor, logits: Tensor) -> None:
+def _traced(model: nn.Module, images: Tensor) -> tuple[Tensor, Literal["present", "missing", "not finite"]]:
+    """The logits while gradients are recorded, and what comes of the gradient."""
     inputs = images.clone().requires_grad_(True)
     try:
         with torch.enable_grad():
-            traced = model(inputs)
-            gradient = _input_gradient(traced, inputs)
+            logits = model(inputs)
+            gradient = _input_gradient(logits, inputs)
     except Exception as error:
         raise ModelError(f"The model fails when gradients are recorded: {first_line(error)}.") from error
-    scale = logits.abs().amax().clamp(min=1.0)
-    if float((traced.detach() - logits).abs().amax() / scale) > _BATCH_TOLERANCE:
-        raise ModelError(
-            "The model answers differently when gradients are recorded; a forward pass must not look at autograd."
-        )
     if gradient is None:
-        raise ModelError(
-            "No gradient reaches the model's input (something detaches it), so gradient attacks cannot judge it."
-        )
+        return logits.detach(), "missing"
+    return logits.detach(), "present" if bool(torch.isfinite(gradient).all()) else "not finite"
 
 
 def _input_gradient(logits: Tensor, inputs: Tensor) -> Tensor | None:
