@@ -10,15 +10,19 @@ import numpy as np
 import pandas as pd
 
 from robustboard.attacks import autoattack
+from robustboard.attacks.engine_warnings import EngineWarning, merged, read_warnings
 from robustboard.bench.corrupted import Pictures, attack_corrupted, judge_corrupted, made, require_possible
 from robustboard.bench.crossed_audit import Audit, crossed_audit
+from robustboard.bench.diagnose import breaks_contract, diagnose
 from robustboard.bench.examiner import REFERENCE_FORWARDS, Examiner, Floats, StageCost
 from robustboard.bench.official import OfficialFiles
 from robustboard.bench.protocol import Examples, Track
 from robustboard.bench.session import Session
+from robustboard.bench.surrogates import Surrogates
 from robustboard.bench.verdicts import Flags, Verdicts
 from robustboard.defenses.adapter import NoProgress, Progress
 from robustboard.errors import GateError
+from robustboard.leaderboard.findings import Diagnosis
 
 Engine = Literal["cascade", "reference"]
 
@@ -38,7 +42,8 @@ class Evaluation:
             certificates.
         costs: stage -> cost.
         notes: what limits a stage's result, such as bounds that cannot run on this network.
-        diagnostics: the warnings of the reference engine's own checks.
+        warnings: of the reference engine's own checks.
+        diagnosis: what the diagnostics of masked gradients found.
     """
 
     outcomes: pd.DataFrame
@@ -47,7 +52,8 @@ class Evaluation:
     bound_methods: tuple[str, ...]
     costs: Mapping[str, StageCost]
     notes: Sequence[str]
-    diagnostics: Mapping[str, Sequence[str]]
+    warnings: Sequence[EngineWarning]
+    diagnosis: Diagnosis
 
 
 def evaluate(
@@ -56,6 +62,7 @@ def evaluate(
     examples: Examples,
     *,
     engine: Engine = "cascade",
+    surrogates: Surrogates | None = None,
     progress: Progress | None = None,
     pictures: Pictures | None = None,
 ) -> Evaluation:
@@ -67,13 +74,14 @@ def evaluate(
         examples: the track's examples, in its order.
         engine: `"cascade"` attacks with AutoAttack what nothing has settled; `"reference"` runs it on every correctly
             classified example, which costs more and yields the metric `autoattack`.
+        surrogates: trains the networks that the transfer diagnostic attacks; None where there is no training data.
         progress: told of every stage.
         pictures: the corrupted images, where the track's set is read from official files; None makes them.
 
     Raises:
         DataError: if the track's corruptions cannot be made, or do not suit its images.
         GateError: if an example is both certified and broken, or an attack left the ball; nothing may be published.
-        ModelError: if the model breaks the classifier contract.
+        ModelError: if the model's answers are none that a verdict can be formed of.
         WorkerError: if the model's process dies.
     """
     pictures = pictures or made(track, examples)
@@ -82,6 +90,9 @@ def evaluate(
     verdicts = Verdicts(examples.hashes, examples.labels)
     examiner.progress.begin("contract", 1)
     examiner.check()
+    if breaks_contract(examiner):
+        examiner.bound_methods = ()
+        examiner.notes.append("Bounds were not run: what the model answers is not a function of the image alone.")
     _clean(examiner, verdicts)
     examiner.progress.begin("reference checks", 1)
     examiner.reference_checks()
@@ -89,6 +100,8 @@ def evaluate(
     _bounds(examiner, verdicts)
     _autoattack(examiner, verdicts, engine)
     audit = crossed_audit(examiner, verdicts, all_attacked=engine == "reference")
+    diagnosed = diagnose(examiner, verdicts, surrogates)
+    audit.contradictions.extend(diagnosed.contradictions)
     _gate(examiner, verdicts, audit)
     judge_corrupted(examiner, verdicts, pictures)
     attack_corrupted(examiner, verdicts, pictures)
@@ -101,7 +114,8 @@ def evaluate(
         tuple(method for method in examiner.bound_methods if examiner.bounding.get(method, True)),
         dict(examiner.costs),
         tuple(examiner.notes),
-        {"autoattack": tuple(dict.fromkeys(examiner.warnings))},
+        tuple(merged(examiner.warnings)),
+        diagnosed.diagnosis,
     )
 
 
@@ -142,7 +156,8 @@ def _autoattack(examiner: Examiner, verdicts: Verdicts, engine: Engine, *, spare
             verdicts.attacked(attack, rows, broken, found)
             alive[rows[broken]] = False
         if attack == "square":
-            examiner.warnings += autoattack.square_gain(before=float(before), after=float(alive.mean()))
+            said = autoattack.square_gain(before=float(before), after=float(alive.mean()))
+            examiner.warnings += read_warnings(attack, said)
     # With fewer than four classes the reference code cannot run APGD-T, so what ran is not AutoAttack.
     if engine == "reference" and attacks == autoattack.STAGES:
         correct = np.flatnonzero(verdicts.clean)

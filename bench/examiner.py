@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from robustboard.attacks import own_certificates
+from robustboard.attacks.engine_warnings import EngineWarning, read_warnings
 from robustboard.bench.channel import Array
 from robustboard.bench.operations import Reply
 from robustboard.bench.protocol import Examples, Track
@@ -60,6 +61,8 @@ class Examiner:
         bounding: for each bound method that was asked, whether it could bound any example.
         notes: what limits a result, such as bounds that cannot run on this network.
         warnings: what the reference engine's own checks said.
+        behaviour: after `check`, how the model behaves where the contract could be broken: the values of
+            `robustboard.defenses.contract.Behaviour`, and on how many images (`n`).
     """
 
     session: Session
@@ -69,7 +72,8 @@ class Examiner:
     costs: dict[str, StageCost] = field(default_factory=lambda: defaultdict(StageCost))
     bounding: dict[str, bool] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[EngineWarning] = field(default_factory=list)
+    behaviour: dict[str, float | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.images = self.examples.floats()
@@ -87,14 +91,22 @@ class Examiner:
                 yield shard, rows
 
     def check(self) -> None:
-        """Hold the model to the classifier contract, and learn whether the board has certificates of its own for it.
+        """Measure the model against its contract, and learn whether the board has certificates of its own for it.
 
         Raises:
-            ModelError: naming the rule that it breaks.
+            ModelError: if it breaks a rule without which no verdict can be formed.
         """
         sample = self.images[:_CHECKED_IMAGES]
         found = self._call("check", "check", {"classes": self.examples.classes}, {"images": sample}).values
-        own = found.get("own_bounds", [])
+        own, behaviour = found.get("own_bounds", []), found.get("behaviour", {})
+        try:
+            self.behaviour = {
+                **{name: float(behaviour[name]) for name in ("repeat_change", "batch_change", "autograd_change")},
+                "gradient": str(behaviour["gradient"]),
+                "n": len(sample),
+            }
+        except (TypeError, KeyError, ValueError) as error:
+            raise WorkerError("The model's process did not say how the model behaves.") from error
         self.bound_methods = (
             *self.track.bounds.methods,
             *(method for method in own_certificates.METHODS if isinstance(own, list) and method in own),
@@ -105,7 +117,8 @@ class Examiner:
         first = slice(0, self.track.batch_size)
         settings = {"classes": self.examples.classes, "batch_size": self.track.batch_size}
         arrays: dict[str, Array] = {"images": self.images[first], "labels": self.labels[first]}
-        self.warnings += self._call("check", "reference_checks", settings, arrays).values["warnings"]
+        said = self._call("check", "reference_checks", settings, arrays).values["warnings"]
+        self.warnings += read_warnings("checks", said)
 
     def predict(self, stage: str, images: Floats) -> npt.NDArray[np.int64]:
         """The classes of one canonical batch, (N, C, H, W) -> (N,).
@@ -164,7 +177,7 @@ class Examiner:
             "classes": self.examples.classes,
         }
         reply = self._call(stage, "autoattack", settings, self._rows(rows), bar=True)
-        self.warnings += reply.values["warnings"]
+        self.warnings += read_warnings(attack, reply.values["warnings"])
         return self._perturbed(reply, rows)
 
     def certify(self, stage: str, method: str, rows: Rows) -> tuple[Flags, Floats]:
@@ -183,6 +196,25 @@ class Examiner:
             raise WorkerError(f"The model's process returned {method} bounds of a wrong shape; they are not used.")
         self.bounding[method] = self.bounding.get(method, False) or bool(np.isfinite(margins).any())
         return certified.astype(bool), margins.astype(np.float32)
+
+    def measure(self, stage: str, name: str, rows: Rows) -> Reply:
+        """A measurement of `robustboard.bench.measures` on `rows`, whichever shards they are of.
+
+        Raises:
+            ModelError: if the model does not bear it, or the answer has not one entry for each of the rows.
+        """
+        settings = {
+            **self._threat_settings(),
+            "measure": name,
+            "classes": self.examples.classes,
+            "keys": [self.examples.hashes[row] for row in rows],
+        }
+        reply = self._call(stage, "measure", settings, self._rows(rows))
+        for what, array in reply.arrays.items():
+            wanted = self.images[rows].shape if what == "adversarial" else (len(rows),)
+            if array.shape != wanted:
+                raise WorkerError(f"The model's process returned {what} of a wrong shape; the run stops.")
+        return reply
 
     def confirm(self, stage: str, attack: str, shard: Rows, rows: Rows, found: Floats) -> Flags:
         """Which of the perturbed images of `rows` are misclassified, and again with only these in the shard.

@@ -7,6 +7,7 @@ which alone knows the labels' whole story, checks what comes back.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +20,12 @@ from torch import Tensor, nn
 
 from robustboard.attacks import autoattack, bounds, own_certificates
 from robustboard.attacks.counting import PassCounter
+from robustboard.attacks.gradient_checks import FiniteGradients
 from robustboard.attacks.pgd import pgd
 from robustboard.attacks.threat import ThreatModel
+from robustboard.bench import measures
 from robustboard.bench.channel import Array
-from robustboard.defenses.contract import check_classifier
+from robustboard.defenses.contract import examine_classifier
 from robustboard.errors import RobustBoardError, WorkerError, first_line
 
 
@@ -55,6 +58,8 @@ class Operations:
         self, model: nn.Module, device: torch.device, on_forwards: Callable[[int], None] | None = None
     ) -> None:
         self._model = model
+        # What attacks are shown: the model, or a stand-in with zeros for gradients that would stop them.
+        self._target = model
         self._device = device
         self._on_forwards = on_forwards
         # Asked before any operation hooks the model to count its passes.
@@ -66,6 +71,7 @@ class Operations:
             "reference_checks": self._reference_checks,
             "autoattack": self._autoattack,
             "certify": self._certify,
+            "measure": self._measure,
         }
 
     def run(self, operation: str, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
@@ -92,9 +98,15 @@ class Operations:
         return self._tensor(arrays["images"]), self._tensor(arrays["labels"])
 
     def _check(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
-        """The classifier contract; the reply names the certificates of the board's own that suit the model."""
-        check_classifier(self._model, self._tensor(arrays["images"]), classes=int(params["classes"]))
-        return Reply({"own_bounds": list(self._own_bounds)}, {})
+        """The classifier contract, measured; the reply names the certificates of the board's own that suit the model.
+
+        A model whose gradient is missing or not finite is attacked through a stand-in that gives zeros for it, so that
+        what needs no gradient can still judge it.
+        """
+        behaviour = examine_classifier(self._model, self._tensor(arrays["images"]), classes=int(params["classes"]))
+        if behaviour.gradient != "present":
+            self._target = FiniteGradients(self._model)
+        return Reply({"own_bounds": list(self._own_bounds), "behaviour": dataclasses.asdict(behaviour)}, {})
 
     def _predict(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
         """Logits of one canonical batch, on one thread: the pass that verdicts rest on."""
@@ -106,7 +118,7 @@ class Operations:
     def _pgd(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
         images, labels = self._images(arrays)
         adversarial = pgd(
-            self._model,
+            self._target,
             images,
             labels,
             threat=_threat(params),
@@ -122,14 +134,14 @@ class Operations:
     def _reference_checks(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
         images, labels = self._images(arrays)
         warnings = autoattack.reference_checks(
-            self._model, images, labels, classes=params["classes"], batch_size=params["batch_size"]
+            self._target, images, labels, classes=params["classes"], batch_size=params["batch_size"]
         )
         return Reply({"warnings": list(warnings)}, {})
 
     def _autoattack(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
         images, labels = self._images(arrays)
         result = autoattack.run_stage(
-            self._model,
+            self._target,
             images,
             labels,
             threat=_threat(params),
@@ -159,6 +171,14 @@ class Operations:
             {"notes": [*([result.reason] if result.reason else []), *result.notes]},
             {"margins": result.margins.cpu().numpy(), "certified": result.certified.cpu().numpy()},
         )
+
+    def _measure(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
+        images, labels = self._images(arrays)
+        subject = measures.Subject(
+            self._target, images, labels, tuple(params["keys"]), _threat(params), int(params["classes"])
+        )
+        found = measures.measure(params["measure"], subject)
+        return Reply(dict(found.values), dict(found.arrays))
 
 
 def _threat(params: Mapping[str, Any]) -> ThreatModel:

@@ -12,6 +12,7 @@ from robustboard.bench import environment
 from robustboard.bench.evaluate import Evaluation
 from robustboard.bench.examiner import StageCost
 from robustboard.bench.protocol import Track
+from robustboard.leaderboard.findings import KEY
 from robustboard.leaderboard.record import Audit, DefenseInfo, Record, attach, derive_metrics, make_record
 
 
@@ -80,7 +81,12 @@ def build_record(
                 broken_bounded=found.audit.broken_bounded,
                 certified_attacked=found.audit.certified_attacked,
             ),
-            "diagnostics": {name: list(values) for name, values in found.diagnostics.items()},
+            "diagnostics": {
+                "autoattack": [dataclasses.asdict(warning) for warning in found.warnings],
+                KEY: found.diagnosis.model_dump(mode="json"),
+            },
+            "status": found.diagnosis.status,
+            "reasons": found.diagnosis.reasons,
             "notes": tuple(found.notes),
         }
     )

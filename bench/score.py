@@ -24,7 +24,7 @@ from safetensors.numpy import save as to_safetensors
 from torch import nn
 
 from robustboard.bench.attack_seeds import SeedStudy, study_attack_seeds
-from robustboard.bench.datasets import data_folders, from_arrays, load_dataset
+from robustboard.bench.datasets import Dataset, data_folders, from_arrays, load_dataset
 from robustboard.bench.entrants import find_entrant
 from robustboard.bench.environment import cores
 from robustboard.bench.evaluate import Engine, Evaluation, evaluate
@@ -32,12 +32,13 @@ from robustboard.bench.examiner import Floats
 from robustboard.bench.official import corrupted_images
 from robustboard.bench.perturbed_file import write_perturbed
 from robustboard.bench.process import LOAD_SECONDS, WorkerProcess, Workers
-from robustboard.bench.protocol import Examples, Track, load_track, resolve, select
+from robustboard.bench.protocol import Examples, Track, load_track, resolve, select, training_data
 from robustboard.bench.report import build_record
 from robustboard.bench.rescore import rescore
 from robustboard.bench.session import LocalSession
+from robustboard.bench.surrogates import Surrogate, Surrogates, surrogates_of
 from robustboard.defenses.adapter import NoProgress, Progress
-from robustboard.errors import GateError, OutputError
+from robustboard.errors import DataError, GateError, OutputError
 from robustboard.files import replace_file
 from robustboard.leaderboard.record import DefenseInfo, Record, save
 
@@ -125,12 +126,22 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
     ) as worker:
         brought = entrant.enter(worker, folder, watched)
         try:
-            found = evaluate(worker, track, examples, engine=request.engine, progress=watched, pictures=pictures)
+            found = evaluate(
+                worker,
+                track,
+                examples,
+                engine=request.engine,
+                surrogates=_surrogates(track, dataset, folder=_common_folder(request, track, folder)),
+                progress=watched,
+                pictures=pictures,
+            )
             study = study_attack_seeds(
                 worker, track, examples, found.outcomes, seeds=request.attack_seeds, progress=watched
             )
             _store(folder, brought.weights, found, study, examples)
-            rescore(worker, track, examples, found.outcomes, folder / "adversarial.npz", progress=watched)
+            # A model that does not repeat itself cannot pass a second time; its record says so instead.
+            if found.diagnosis.status != "invalid":
+                rescore(worker, track, examples, found.outcomes, folder / "adversarial.npz", progress=watched)
         except GateError:
             # An earlier record of this very run is in doubt now, so it must not be published either.
             shutil.rmtree(folder / "record", ignore_errors=True)
@@ -194,9 +205,15 @@ def score(
     else:
         dataset = from_arrays(*data, classes=classes)
     loaded, examples = resolve(loaded, dataset), select(loaded, dataset)
-    pictures = corrupted_images(loaded, examples, data_folders(data_dirs))
-    session = LocalSession(model, torch.device(device))
-    found = evaluate(session, loaded, examples, engine=engine, progress=progress, pictures=pictures)
+    found = evaluate(
+        LocalSession(model, torch.device(device)),
+        loaded,
+        examples,
+        engine=engine,
+        surrogates=_surrogates(loaded, dataset),
+        progress=progress,
+        pictures=corrupted_images(loaded, examples, data_folders(data_dirs)),
+    )
     state = {key: value.detach().cpu().numpy() for key, value in model.state_dict().items()}
     title = name or type(model).__name__
     return build_record(
@@ -212,6 +229,24 @@ def score(
         device=str(device),
         threads=torch.get_num_threads(),
     )
+
+
+def _surrogates(track: Track, dataset: Dataset, *, folder: Path | None = None) -> Surrogates:
+    """Trains the track's surrogates when it is called; none where there are no training images, or too few."""
+
+    def trained() -> Sequence[Surrogate]:
+        try:
+            data = training_data(track, dataset)
+        except DataError:
+            return ()
+        return surrogates_of(data, track.threat, folder=folder)
+
+    return trained
+
+
+def _common_folder(request: Request, track: Track, folder: Path) -> Path:
+    """Where surrogates are kept: beside all runs on a track, or inside a run directory that was asked for by name."""
+    return (folder if request.run_dir else request.runs / track.id) / "surrogates"
 
 
 def _store(folder: Path, weights: bytes | None, found: Evaluation, study: SeedStudy | None, examples: Examples) -> None:

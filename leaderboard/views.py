@@ -11,6 +11,7 @@ from typing import Final
 from pydantic import JsonValue
 
 from robustboard.leaderboard import charts
+from robustboard.leaderboard.findings import KEY, Diagnosis, read_diagnosis
 from robustboard.leaderboard.metrics import Metric
 from robustboard.leaderboard.ranking import Board, Entry
 from robustboard.leaderboard.record import Record
@@ -63,6 +64,8 @@ class Row:
         outcomes: the relative path of its outcome table.
         true_low, true_high: where the true robust accuracy lies, in percent; `true_span` is for drawing it.
         stages: finer metrics along the cascade, by what they are called.
+        diagnosis: what the diagnostics of masked gradients found; None where the record has none that can be read.
+        diagnostics: everything else under the record's diagnostics, as JSON.
     """
 
     record: Record
@@ -75,6 +78,7 @@ class Row:
     true_high: str
     true_span: charts.Span
     stages: list[tuple[str, Cell]]
+    diagnosis: Diagnosis | None
     diagnostics: str
     hyper: list[tuple[str, str]]
 
@@ -142,6 +146,9 @@ def _row(record: Record, entry: Entry | None, slug: str, columns: list[Column]) 
     name = re.sub(r"[^a-z0-9-]+", "-", record.defense.name.lower())[:60]
     anchor = f"{slug}-{name}-{(record.outcomes_sha256 or '')[:8]}{record.checkpoint_sha256[:8]}"
     low, high = record.true_robust
+    diagnosis = read_diagnosis(record.diagnostics)
+    # Silence of the engine's checks is no news; what is not understood is shown as it stands.
+    others = {key: value for key, value in record.diagnostics.items() if value and (key != KEY or diagnosis is None)}
     stages = [
         (f"{'certified by' if kind == 'certified' else 'left after'} {stage}", _cell(metric))
         for key, metric in record.metrics.items()
@@ -159,7 +166,8 @@ def _row(record: Record, entry: Entry | None, slug: str, columns: list[Column]) 
         true_high=charts.percent(high),
         true_span=charts.Span(charts.position(low), charts.position(low), charts.position(high)),
         stages=stages,
-        diagnostics=json.dumps(record.diagnostics, indent=2, ensure_ascii=False) if record.diagnostics else "",
+        diagnosis=diagnosis,
+        diagnostics=json.dumps(others, indent=2, ensure_ascii=False) if others else "",
         hyper=[(key, _plain(value)) for key, value in record.hyper.items()],
     )
 

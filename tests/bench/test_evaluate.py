@@ -157,6 +157,33 @@ def test_nan_under_attack_stops_the_run():
         robustboard.score(NanOnBright(), track=_track(), data=DATA)
 
 
+class Noisy(Net):
+    """Another answer each time, on the same image."""
+
+    def forward(self, x):
+        return super().forward(x + 0.02 * torch.randn_like(x))
+
+
+def test_a_model_that_breaks_the_contract_is_recorded_as_invalid():
+    """Its number is written down with the reason why it means nothing; no bound is claimed for it."""
+    torch.manual_seed(0)
+    record = robustboard.score(Noisy(), track=_track(), data=DATA)
+    assert record.status == "invalid"
+    assert "draws at random" in record.reasons[0]
+    assert record.bound_methods == ()
+    assert record.metrics["certified"].value == 0
+    warnings = record.diagnostics["autoattack"]
+    assert {"stage": "checks", "check": "randomised"}.items() <= warnings[0].items()
+
+
+def test_an_honest_network_is_ok_with_its_evidence(record):
+    assert (record.status, record.reasons) == ("ok", ())
+    findings = {one["name"]: one for one in record.diagnostics["gradients"]["findings"]}
+    assert findings["unbounded"]["evidence"] == {"n": int(record.outcomes["clean"].sum()), "survived": 0}
+    assert findings["transfer"]["verdict"] == "not run", "four-line data has no training images"
+    assert record.cost["diagnostics"].forwards > 1000
+
+
 def test_two_classes_run_without_the_attack_that_needs_four():
     images, labels = DATA
 

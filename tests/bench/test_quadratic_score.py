@@ -158,7 +158,7 @@ def test_other_networks_are_not_offered_it():
     arrays = {"images": DATA[0][:4].astype(np.float32) / 255}
     for model, offered in ((network(), ["quadratic"]), (linear, []), (hooked, [])):
         session = LocalSession(model, torch.device("cpu"))
-        assert session.call("check", {"classes": 4}, arrays).values == {"own_bounds": offered}
+        assert session.call("check", {"classes": 4}, arrays).values["own_bounds"] == offered
 
 
 def test_the_gate_fires_on_a_certificate_of_half_the_ball(monkeypatch):
@@ -190,4 +190,4 @@ def test_a_submission_in_disguise_is_not_offered_it(make_submission):
     with WorkerProcess() as worker:
         worker.load(make_submission(DISGUISED, weights=state))
         reply = worker.call("check", {"classes": 4}, {"images": DATA[0][:4].astype(np.float32) / 255})
-    assert reply.values == {"own_bounds": []}
+    assert reply.values["own_bounds"] == []

@@ -1,0 +1,248 @@
+"""Putting the diagnostics to a model: which examples are looked at, what is measured, and what follows for the gate.
+
+The examples are the correctly classified ones of the smallest keyed hash, whatever the attacks made of them, so that
+nothing has thinned them. An adversarial image that a diagnostic finds is confirmed like any other; on a certified
+example it is a contradiction, and nothing is published. It changes no verdict: the protocol of a track is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from robustboard.attacks import keyed
+from robustboard.attacks.attack_comparisons import RESCALED
+from robustboard.bench import measures
+from robustboard.bench.diagnostics import BY_NAME, EXAMPLES, TABLE, Evidence, judge_all
+from robustboard.bench.examiner import Examiner, Floats
+from robustboard.bench.operations import Reply
+from robustboard.bench.surrogates import Surrogates, transferred
+from robustboard.bench.verdicts import Contradiction, Flags, Rows, Verdicts
+from robustboard.errors import ModelError
+from robustboard.leaderboard.findings import Diagnosis, Finding
+
+_STAGE = "diagnostics"
+_CONTRACT = ("randomness", "batch-dependence", "autograd-mode", "missing-gradients")
+_GRADIENT_ATTACKS = ("pgd", "apgd_ce", "apgd_t", "fab_t")
+_FAR = 0.5
+"""A departure of slopes from which on they differ."""
+
+
+@dataclass(frozen=True)
+class Diagnosed:
+    """What the diagnostics made of a model: the diagnosis, and certified examples that one of them broke."""
+
+    diagnosis: Diagnosis
+    contradictions: tuple[Contradiction, ...]
+
+
+def breaks_contract(examiner: Examiner) -> bool:
+    """Whether the contract's own measurements, made before any attack, already say that the model is invalid."""
+    evidence = _contract(examiner)
+    return any(BY_NAME[name].judge(evidence[name]).verdict == "invalid" for name in _CONTRACT)
+
+
+def diagnose(examiner: Examiner, verdicts: Verdicts, surrogates: Surrogates | None) -> Diagnosed:
+    """Measure and judge everything in the table; after all attacks, whose verdicts are compared with.
+
+    Args:
+        examiner: puts the questions; `check` was asked before.
+        verdicts: what the evaluation settled.
+        surrogates: trains the track's surrogates; None where it has no training images.
+
+    Raises:
+        GateError: if an attack of a diagnostic left the ball.
+    """
+    run = _Run(examiner, verdicts, surrogates)
+    examiner.progress.begin("diagnostics", len(TABLE))
+    run.everything()
+    return Diagnosed(judge_all(run.evidence, examples=len(run.rows)), tuple(run.contradictions))
+
+
+def chosen_rows(examiner: Examiner, verdicts: Verdicts) -> Rows:
+    """The examples that are looked at, in the track's order."""
+    hashes = examiner.examples.hashes
+    correct = sorted(np.flatnonzero(verdicts.clean), key=lambda row: keyed.derive_seed("diagnostics", hashes[row]))
+    return np.sort(np.array(correct[:EXAMPLES], dtype=np.int64))
+
+
+def _contract(examiner: Examiner) -> dict[str, Evidence]:
+    found = examiner.behaviour
+    n = int(found.get("n", 0))
+    return {
+        "randomness": {"n": n, "change": float(found["repeat_change"])},
+        "batch-dependence": {"n": n, "change": float(found["batch_change"])},
+        "autograd-mode": {"n": n, "change": float(found["autograd_change"])},
+        "missing-gradients": {"n": n, "gradient": str(found["gradient"])},
+    }
+
+
+@dataclass
+class _Run:
+    examiner: Examiner
+    verdicts: Verdicts
+    surrogates: Surrogates | None
+    rows: Rows = field(init=False)
+    evidence: dict[str, Evidence | Finding] = field(default_factory=dict)
+    contradictions: list[Contradiction] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.rows = chosen_rows(self.examiner, self.verdicts)
+
+    def everything(self) -> None:
+        """Fill in the evidence of every diagnostic."""
+        self.evidence.update(_contract(self.examiner))
+        if self._random():
+            # What is drawn at random differs in every comparison: the other rules of the contract cannot be judged.
+            reason = "The model answers at random, so this cannot be told from chance."
+            for name in ("batch-dependence", "autograd-mode"):
+                self.evidence[name] = BY_NAME[name].not_run(reason)
+        for names, measurement in (
+            (("autograd-mode",), self._autograd_mode),
+            (("zero-gradients", "pixels-at-the-faces", "finite-differences", "saturated-softmax"), self._gradients),
+            (("loss-gap", "single-step"), self._losses),
+            (("black-box",), self._black_box),
+            (("transfer",), self._transfer),
+            (("unbounded",), self._unbounded),
+            (("more-work",), self._more_work),
+            (("binarization",), self._binarization),
+        ):
+            self._attempt(names, measurement)
+            self.examiner.progress.advance(len(names))
+
+    def _random(self) -> bool:
+        return float(self.examiner.behaviour["repeat_change"]) > 0
+
+    def _attempt(self, names: tuple[str, ...], measurement: Callable[[], None]) -> None:
+        if not len(self.rows):
+            for name in names:
+                self.evidence.setdefault(name, BY_NAME[name].not_run("No example is classified correctly."))
+            return
+        try:
+            measurement()
+        except ModelError as error:
+            for name in names:
+                self.evidence[name] = BY_NAME[name].failed(str(error))
+
+    def _autograd_mode(self) -> None:
+        if not self._random():
+            change = float(self._measure("autograd mode", self.rows).values["change"])
+            before = float(self.examiner.behaviour["autograd_change"])
+            self.evidence["autograd-mode"] = {"n": len(self.rows), "change": max(change, before)}
+
+    def _gradients(self) -> None:
+        reply = self._measure("gradients", self.rows)
+        found, n = reply.values, len(self.rows)
+        steepest, random = (reply.arrays[name].astype(np.float64) for name in ("steepest", "random"))
+        contract = _contract(self.examiner)["missing-gradients"]
+        self.evidence["missing-gradients"] = {**contract, "not finite": round(n * float(found["not finite"]))}
+        differ = (steepest > _FAR) | (random > _FAR)
+        self.evidence["zero-gradients"] = {"n": n, "zero margin": round(n * float(found["zero margin"]))}
+        faces: Evidence = {"alive": int(found["faces alive"]), "dead": int(found["faces dead"])}
+        self.evidence["pixels-at-the-faces"] = (
+            faces
+            if faces["alive"]
+            else BY_NAME["pixels-at-the-faces"].not_run("No pixel at exactly 0 or 1 has a gradient next to it.")
+        )
+        self.evidence["finite-differences"] = {
+            "n": n,
+            "differ": int(differ.sum()),
+            "median departure along the gradient": float(np.median(steepest)),
+            "median departure along random signs": float(np.median(random)),
+        }
+        self.evidence["saturated-softmax"] = {
+            "n": n,
+            "mean largest logit": float(found["mean largest logit"]),
+            "median gap": float(found["median gap"]),
+            "certain": round(n * float(found["certain"])),
+            "zero ce": round(n * float(found["zero ce"])),
+        }
+
+    def _losses(self) -> None:
+        found, n = self._measure("losses", self.rows).values, len(self.rows)
+        left = {name: int(found[name]) for name in ("ce", "margin", "dlr", RESCALED) if name in found}
+        self.evidence["loss-gap"] = {"n": n, **left}
+        self.evidence["single-step"] = {"n": n, "single step": int(found["single step"]), "many steps": left["margin"]}
+
+    def _black_box(self) -> None:
+        found = self._images("square", self.rows)
+        broken = self._confirmed("Square Attack", self.rows, found)
+        self.evidence["black-box"] = {
+            "n": len(self.rows),
+            "queries": measures.SQUARE_QUERIES,
+            "square": int(broken.sum()),
+            "square only": int((broken & ~self._broken_by_gradients()).sum()),
+        }
+
+    def _transfer(self) -> None:
+        surrogates = self.surrogates() if self.surrogates is not None else ()
+        if not surrogates:
+            reason = "There are no training images that a surrogate could be trained on."
+            self.evidence["transfer"] = BY_NAME["transfer"].not_run(reason)
+            return
+        examiner, rows = self.examiner, self.rows
+        images, labels = torch.from_numpy(examiner.images[rows]), torch.from_numpy(examiner.labels[rows])
+        broken = np.zeros(len(rows), dtype=bool)
+        weights: dict[str, str] = {}
+        for surrogate in surrogates:
+            found = transferred(surrogate, images, labels, threat=examiner.threat, keys=self._keys(rows)).numpy()
+            broken |= self._confirmed(f"transfer from {surrogate.name}", rows, found)
+            weights[f"weights of {surrogate.name}"] = surrogate.sha256
+        self.evidence["transfer"] = {
+            "n": len(rows),
+            "transfer": int(broken.sum()),
+            "transfer only": int((broken & ~self._broken_by_gradients()).sum()),
+            **weights,
+        }
+
+    def _unbounded(self) -> None:
+        left = int(self._measure("unbounded", self.rows).values["survived"])
+        self.evidence["unbounded"] = {"n": len(self.rows), "survived": left}
+
+    def _more_work(self) -> None:
+        undecided = self.rows[self.verdicts.open[self.rows]]
+        broken = 0
+        if len(undecided):
+            found = self._images("more work", undecided)
+            broken = int(self._confirmed("PGD with more work", undecided, found).sum())
+        self.evidence["more-work"] = {"n": len(self.rows), "undecided": len(undecided), "broken": broken}
+
+    def _binarization(self) -> None:
+        found = self._measure("binarization", self.rows).values
+        tasks = int(found["built"])
+        self.evidence["binarization"] = (
+            {"n": len(self.rows), "tasks": tasks, "found": int(found["found"]), "random": int(found["random"])}
+            if tasks
+            else BY_NAME["binarization"].not_run(
+                "No readout of the logits separates the ball's surface from its inside."
+            )
+        )
+
+    def _measure(self, name: str, rows: Rows) -> Reply:
+        return self.examiner.measure(_STAGE, name, rows)
+
+    def _images(self, name: str, rows: Rows) -> Floats:
+        return self._measure(name, rows).arrays["adversarial"].astype(np.float32, copy=False)
+
+    def _keys(self, rows: Rows) -> list[str]:
+        return [self.examiner.examples.hashes[row] for row in rows]
+
+    def _broken_by_gradients(self) -> Flags:
+        return np.array([self.verdicts.broken_by[row] in _GRADIENT_ATTACKS for row in self.rows], dtype=bool)
+
+    def _confirmed(self, attack: str, rows: Rows, found: Floats) -> Flags:
+        """Which images break their example in the canonical pass; a certified one among them is a contradiction."""
+        broken = np.zeros(len(rows), dtype=bool)
+        wanted = np.zeros(len(self.examiner.labels), dtype=bool)
+        wanted[rows] = True
+        for shard, part in self.examiner.shards(wanted):
+            places = np.searchsorted(rows, part)
+            broken[places] = self.examiner.confirm(_STAGE, attack, shard, part, found[places])
+        for row in rows[broken]:
+            proof = self.verdicts.certified_by[row]
+            if proof is not None:
+                self.contradictions.append(Contradiction(int(row), proof, attack))
+        return broken
