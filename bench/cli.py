@@ -1,6 +1,4 @@
-"""The command line: `robustboard demo | tracks | corruptions | defenses | score | leaderboard | claims`, and more.
-
-The commands on finished records are in `cli_records`.
+"""The command line of `robustboard`; the commands on finished records are in `cli_records`.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 a finding (a broken gate),
 2 misuse or unusable input, 130 interrupted.
@@ -246,6 +244,31 @@ def demo(
     typer.echo(f"MLflow: mlflow ui --backend-store-uri {result.mlflow_uri}")
 
 
+@app.command(epilog="Example: robustboard diagnostics --track digits-linf@1 --seeds 2")
+def diagnostics(
+    *,
+    track: Annotated[str, typer.Option(help="The track whose training images and attacks are used.")] = "digits-linf@1",
+    seeds: Annotated[int, typer.Option(min=1, help="How many trainings of the panel, from seed 0.")] = 1,
+    runs: Annotated[Path, typer.Option("--runs", help="Folder of trainings, which are reused.")] = Path(
+        "runs/diagnostics"
+    ),
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print how many masked models the diagnostics detect, and on how many honest ones they speak falsely."""
+    from robustboard.bench.detection import run_panel, show
+    from robustboard.bench.progress import Bars
+
+    with Bars(Console(stderr=True)) as bars:
+        bar = bars.job("diagnostics")
+        panel = run_panel(track, seeds=range(seeds), runs=runs, data_dirs=data_dir or [], progress=bar)
+        bar.end()
+    if as_json:
+        _print_json(panel.as_json())
+        return
+    show(panel, Console())
+
+
 @app.command(epilog="Example: robustboard claims --verify distillation-jsma-mnist")
 def claims(
     ids: Annotated[list[str] | None, typer.Argument(help="Claims, or methods, to show [default: all].")] = None,
@@ -327,6 +350,7 @@ def _print_board(records: Sequence[Record]) -> None:
 
 def _print_record(record: Record) -> None:
     from robustboard.leaderboard.corruption import relative_drop
+    from robustboard.leaderboard.findings import read_diagnosis
 
     table = Table("metric", "value [95 % interval]", box=None, header_style="bold", pad_edge=False)
     for name in ("clean", "pgd", "robust", "autoattack", "certified", "undecided", "corruption", *_CORRUPTION_METRICS):
@@ -345,8 +369,12 @@ def _print_record(record: Record) -> None:
             markup=False,
             highlight=False,
         )
-    for note in record.notes:
-        console.print(f"Note: {note}", markup=False, highlight=False)
+    console.print(f"Status: {record.status}", markup=False, highlight=False)
+    diagnosis = read_diagnosis(record.diagnostics)
+    flags = diagnosis.flags if diagnosis else ()
+    for head, sentences in (("Reason", record.reasons), ("Flag", flags), ("Note", record.notes)):
+        for sentence in sentences:
+            console.print(f"{head}: {sentence}", markup=False, highlight=False)
 
 
 class _StopSignal(BaseException):

@@ -11,12 +11,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 
-def _score(folder: Path, *words: str) -> dict[str, dict[str, float]]:
-    """The metrics that `robustboard score --json` prints."""
+def _score(folder: Path, *words: str) -> dict[str, Any]:
+    """The record that `robustboard score --json` prints."""
     command = [sys.executable, "-c", "from robustboard.bench.cli import main; main()", "score"]
     where = [str(folder / "defense.toml"), "--track", str(folder / "track.toml"), "--runs", str(folder / "runs")]
     done = subprocess.run(
@@ -26,8 +27,8 @@ def _score(folder: Path, *words: str) -> dict[str, dict[str, float]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    metrics: dict[str, dict[str, float]] = json.loads(done.stdout)["metrics"]
-    return metrics
+    record: dict[str, Any] = json.loads(done.stdout)
+    return record
 
 
 @pytest.mark.parametrize(
@@ -35,16 +36,20 @@ def _score(folder: Path, *words: str) -> dict[str, dict[str, float]]:
     [("cifar", 0.700, 0.355, 0.485, 0.505), ("mnist", 0.975, 0.010, 0.760, 0.765)],
 )
 def test_the_cascade_agrees_with_other_peoples_numbers(third_party, data, clean, crown, least, most):
-    metrics = _score(third_party(data))
+    record = _score(third_party(data))
+    metrics = record["metrics"]
     assert metrics["clean"]["value"] == pytest.approx(clean)
     assert metrics["certified/crown"]["value"] == pytest.approx(crown)
     assert least <= metrics["robust"]["value"] <= most
     assert "autoattack" not in metrics
+    findings = record["diagnostics"]["gradients"]["findings"]
+    assert [one["sentence"] for one in findings if one["verdict"] not in ("ok", "not run")] == []
+    assert record["status"] == "ok"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "autoattack"), [("cifar", 0.505), ("mnist", 0.765)])
 def test_the_reference_engine_reproduces_autoattack(third_party, data, autoattack):
-    metrics = _score(third_party(data), "--attack-engine", "reference")
+    metrics = _score(third_party(data), "--attack-engine", "reference")["metrics"]
     assert metrics["autoattack"]["value"] == pytest.approx(autoattack)
     assert metrics["robust"]["value"] <= metrics["autoattack"]["value"]
