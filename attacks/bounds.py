@@ -22,6 +22,7 @@ from robustboard.attacks.proofs import (
     Bounds,
     correctly_classified,
     nothing_known,
+    out_of_memory,
     outer_radius,
     rounded_down,
     seen_margins,
@@ -134,7 +135,7 @@ class _Judge:
             try:
                 margins, certified = self._judge_chunk(images[now], labels[now])
             except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if len(now) == 1:
                     raise BoundsError(f"{self.method} bounds of one example do not fit in memory here.") from error
@@ -194,11 +195,6 @@ def _why(model: nn.Module, method: str, error: Exception) -> str:
     if method in ("crown", "alpha-crown") and any(isinstance(module, QuadraticNetwork) for module in model.modules()):
         return "auto_LiRPA's CROWN and alpha-CROWN do not bound a quadratic activation."
     return f"{method} bounds of this network failed: {first_line(error)}."
-
-
-def _out_of_memory(error: Exception) -> bool:
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or any(word in str(error) for word in ("out of memory", "can't allocate", "not enough memory"))
 
 
 def _size(count: int) -> str:

@@ -95,3 +95,9 @@ def outer_radius(threat: ThreatModel) -> float:
     """The least float64 that is not smaller than eps."""
     above = float(threat.eps)
     return above if Fraction(above) >= threat.eps else math.nextafter(above, math.inf)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on whatever device."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(word in str(error) for word in ("out of memory", "can't allocate", "not enough memory"))

@@ -1,0 +1,144 @@
+"""From a classifier to `Reduced`: the network as it is on one example's box, with only its unstable neurons left.
+
+Layer by layer, every neuron's input is written as an affine function of the pixels and of the earlier unstable neurons,
+and bounded by CROWN over it; the neurons whose sign that leaves open are bounded again with optimised lower lines, each
+with lines of its own. So the bounds of hidden neurons are those of alpha-CROWN (Xu et al. 2021, arXiv 2011.13824).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from robustboard.attacks.complete.network import ReluNetwork
+from robustboard.attacks.complete.relaxation import Reduced, Rows, bound, crown_slopes, optimise
+from robustboard.errors import BoundsError
+
+_ROWS_AT_A_TIME = 256
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The question about one example: are all these margins positive on the box?
+
+    Attributes:
+        network: the network on the box.
+        margins: one row a target class, the margin z_y - z_j.
+        targets: the class j of each row.
+    """
+
+    network: Reduced
+    margins: Rows
+    targets: tuple[int, ...]
+
+
+def reduce_to_box(
+    network: ReluNetwork,
+    lower: Tensor,
+    upper: Tensor,
+    *,
+    label: int,
+    targets: tuple[int, ...],
+    classes: int,
+    iterations: int,
+    memory_bytes: int,
+) -> Problem:
+    """The problem of one example.
+
+    Args:
+        network: the classifier.
+        lower: float64 (C * H * W,), the lower corner of a box around everything that is allowed.
+        upper: the upper corner.
+        label: y.
+        targets: the classes j whose margins are open.
+        classes: K.
+        iterations: optimisation steps for each hidden neuron that CROWN leaves unstable.
+        memory_bytes: what the matrices may take.
+
+    Raises:
+        BoundsError: if they would take more.
+    """
+    found = _empty(lower, upper)
+    active: list[Tensor] = []
+    unstable: list[Tensor] = []
+    for layer in range(network.layers):
+        low: list[Tensor] = []
+        high: list[Tensor] = []
+        kept: list[Rows] = []
+        for parts in network.affine(layer, active, unstable):
+            rows = Rows(*parts)
+            low.append(_crown(found, rows))
+            high.append(-_crown(found, rows.negated()))
+            kept.append(rows[(low[-1] < 0) & (high[-1] > 0)])
+            _require_room(found, kept, memory_bytes)
+        below, above = torch.cat(low), torch.cat(high)
+        rows = _joined(kept)
+        open_ = ((below < 0) & (above > 0)).nonzero().flatten()
+        if layer and len(open_):
+            below[open_] = torch.maximum(below[open_], _optimised(found, rows, iterations))
+            above[open_] = torch.minimum(above[open_], -_optimised(found, rows.negated(), iterations))
+        still = (below[open_] < 0) & (above[open_] > 0)
+        unstable.append(open_[still])
+        active.append((below >= 0).double())
+        found = _grown(found, rows[still], below[open_[still]], above[open_[still]])
+    mix = torch.zeros(len(targets), classes, dtype=torch.float64, device=network.device)
+    mix[:, label] = 1.0
+    mix[torch.arange(len(targets)), list(targets)] -= 1.0
+    margins = [Rows(*parts) for parts in network.affine(network.layers, active, unstable, mix)]
+    return Problem(found, _joined(margins), targets)
+
+
+def _empty(lower: Tensor, upper: Tensor) -> Reduced:
+    nothing = lower.new_zeros(0)
+    return Reduced(
+        lower, upper, Rows(lower.new_zeros(0, len(lower)), lower.new_zeros(0, 0), nothing), (), nothing, nothing
+    )
+
+
+def _grown(found: Reduced, rows: Rows, low: Tensor, high: Tensor) -> Reduced:
+    """`found` with one more layer."""
+    before, new = len(found), len(rows)
+    wider = functional.pad(found.units.hidden, (0, new))
+    units = Rows(
+        torch.cat([found.units.inputs, rows.inputs]),
+        torch.cat([wider, functional.pad(rows.hidden, (0, new))]),
+        torch.cat([found.units.offset, rows.offset]),
+    )
+    groups = (*found.groups, (before, before + new))
+    return Reduced(found.lower, found.upper, units, groups, torch.cat([found.low, low]), torch.cat([found.high, high]))
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    return Rows(
+        torch.cat([part.inputs for part in parts]),
+        torch.cat([part.hidden for part in parts]),
+        torch.cat([part.offset for part in parts]),
+    )
+
+
+def _crown(found: Reduced, rows: Rows) -> Tensor:
+    phase = torch.zeros(len(rows), len(found), dtype=torch.int8, device=rows.offset.device)
+    return bound(found, rows, phase, crown_slopes(found, len(rows))).value
+
+
+def _optimised(found: Reduced, rows: Rows, iterations: int) -> Tensor:
+    values = []
+    for first in range(0, len(rows), _ROWS_AT_A_TIME):
+        part = rows[slice(first, first + _ROWS_AT_A_TIME)]
+        phase = torch.zeros(len(part), len(found), dtype=torch.int8, device=part.offset.device)
+        start = crown_slopes(found, len(part))
+        values.append(optimise(found, part, phase, start, iterations=iterations, enough=0.0)[0])
+    return torch.cat(values)
+
+
+def _require_room(found: Reduced, kept: list[Rows], memory_bytes: int) -> None:
+    neurons = len(found) + sum(len(rows) for rows in kept)
+    need = 8 * neurons * (neurons + len(found.lower))
+    if need > memory_bytes:
+        raise BoundsError(
+            f"Complete verification of an example with {neurons} or more unstable neurons needs over "
+            f"{need / 2**30:.1f} GiB, more than the {memory_bytes / 2**30:.1f} GiB allowed."
+        )

@@ -1,0 +1,274 @@
+"""Linear bounds on an affine-and-ReLU network over a box, with split neurons, batch by batch: beta-CROWN.
+
+CROWN: Zhang et al. 2018 (arXiv 1811.00866). Optimised lower lines, alpha: Xu et al. 2021 (arXiv 2011.13824).
+Multipliers of split constraints, beta: Wang et al. 2021 (arXiv 2103.06624). Any alpha in [0, 1] and any beta >= 0 give
+a sound bound, so what the optimiser does can only make a bound looser than it might be.
+
+The network is in the form of `Reduced`: only neurons that are unstable over the whole ball are left in it, everything
+else is folded into matrices. The bound is then a few matrix products, and so is its gradient, which is written out
+here: the gradient of a backward pass is a forward pass through the same relaxation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Adam's usual constants, and step lengths that shrink by the same factor each time.
+_MEAN, _SQUARE, _TINY = 0.9, 0.999, 1e-12
+ALPHA_STEP = 0.25
+BETA_STEP = 0.1
+DECAY = 0.95
+
+# Functions whose bounds are high enough leave a batch once a quarter of it can leave: copying costs time too.
+_WORTH_DROPPING = 0.75
+
+
+@dataclass(frozen=True)
+class Rows:
+    """R affine functions `inputs x + hidden y + offset` of the pixels x and of the unstable neurons' outputs y.
+
+    Attributes:
+        inputs: (R, d).
+        hidden: (R, n).
+        offset: (R,).
+    """
+
+    inputs: Tensor
+    hidden: Tensor
+    offset: Tensor
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def __getitem__(self, chosen: Tensor | slice) -> Rows:
+        return Rows(self.inputs[chosen], self.hidden[chosen], self.offset[chosen])
+
+    def negated(self) -> Rows:
+        """The same functions with the opposite sign."""
+        return Rows(-self.inputs, -self.hidden, -self.offset)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A network on one box of inputs: `z = P x + Q y + r`, `y = relu(z)`, for its n unstable neurons in order.
+
+    Attributes:
+        lower: (d,), the box's lower corner.
+        upper: (d,).
+        units: the n neurons' inputs as affine functions; `units.hidden` is block lower triangular with zero diagonal
+            blocks, since a neuron depends on earlier layers only.
+        groups: the first and last position (exclusive) of each layer's neurons.
+        low: (n,), lower bounds on z, all negative.
+        high: (n,), upper bounds on z, all positive.
+    """
+
+    lower: Tensor
+    upper: Tensor
+    units: Rows
+    groups: tuple[tuple[int, int], ...]
+    low: Tensor
+    high: Tensor
+
+    def __len__(self) -> int:
+        return len(self.low)
+
+    def evaluate(self, rows: Rows, points: Tensor) -> Tensor:
+        """The values (N, R) of `rows` at points (N, d) of the box: the network itself, no relaxation."""
+        values = points @ self.units.inputs.T + self.units.offset
+        outputs = torch.zeros_like(values)
+        for first, last in self.groups:
+            values[:, first:last] += outputs[:, :first] @ self.units.hidden[first:last, :first].T
+            outputs[:, first:last] = values[:, first:last].relu()
+        return points @ rows.inputs.T + outputs @ rows.hidden.T + rows.offset
+
+
+@dataclass
+class Multipliers:
+    """The free numbers of a bound, for each of B functions.
+
+    Attributes:
+        alpha: (B, n) in [0, 1], the slope of an unstable neuron's lower line.
+        beta: (B, n), not negative, the multiplier of a split's constraint.
+    """
+
+    alpha: Tensor
+    beta: Tensor
+
+    def __getitem__(self, chosen: Tensor) -> Multipliers:
+        return Multipliers(self.alpha[chosen], self.beta[chosen])
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Lower bounds and what they rest on, for B functions.
+
+    Attributes:
+        value: (B,), no point of the sub-domain has less.
+        corner: (B, d), the corner of the box where the final linear function is least.
+        weight: (B, n), the coefficient on each neuron's output when the pass reached it.
+        inputs: (B, n), the relaxation's own idea of each neuron's input at that corner.
+    """
+
+    value: Tensor
+    corner: Tensor
+    weight: Tensor
+    inputs: Tensor
+
+
+def crown_slopes(network: Reduced, count: int) -> Multipliers:
+    """CROWN's adaptive choice: a lower line of slope 1 where the neuron is more often positive, else 0."""
+    alpha = (network.high >= -network.low).to(network.low.dtype).expand(count, -1).clone()
+    return Multipliers(alpha, torch.zeros_like(alpha))
+
+
+def bound(network: Reduced, rows: Rows, phase: Tensor, multipliers: Multipliers) -> Bound:
+    """Bound B functions from below, each over its own sub-domain.
+
+    Args:
+        network: the network on its box.
+        rows: B functions.
+        phase: int8 (B, n): +1 where the neuron's input is constrained to be >= 0, -1 to be <= 0, 0 where it is free.
+        multipliers: any within their limits.
+    """
+    return _pass(_Lines.of(network, phase), network, rows, multipliers)[0]
+
+
+def optimise(
+    network: Reduced,
+    rows: Rows,
+    phase: Tensor,
+    multipliers: Multipliers,
+    *,
+    iterations: int,
+    enough: float = float("inf"),
+) -> tuple[Tensor, Tensor, Multipliers]:
+    """Raise the bounds by Adam on alpha and beta, and give each function the best that was seen.
+
+    Args:
+        network: the network on its box.
+        rows: B functions.
+        phase: as for `bound`.
+        multipliers: where to begin.
+        iterations: the work budget, in passes.
+        enough: a function whose bound is above this is not worked on any more.
+
+    Returns:
+        The best bounds (B,), the corners of the box where their linear functions are least (B, d), their multipliers.
+    """
+    now = Multipliers(multipliers.alpha.clone(), multipliers.beta.clone())
+    kept, adam = Multipliers(now.alpha.clone(), now.beta.clone()), _Adam.of(now)
+    value = rows.offset.new_full((len(rows),), -torch.inf)
+    corner = network.lower.repeat(len(rows), 1)
+    at_work = torch.arange(len(rows), device=rows.offset.device)
+    lines, part = _Lines.of(network, phase), rows
+    for step in range(iterations + 1):
+        found, slopes = _pass(lines, network, part, now)
+        better = found.value > value[at_work]
+        winners = at_work[better]
+        value[winners], corner[winners] = found.value[better], found.corner[better]
+        kept.alpha[winners], kept.beta[winners] = now.alpha[better], now.beta[better]
+        open_ = value[at_work] <= enough
+        if step == iterations or not bool(open_.any()):
+            break
+        if int(open_.sum()) <= _WORTH_DROPPING * len(open_):
+            at_work, part, now, adam = at_work[open_], part[open_], now[open_], adam[open_]
+            lines, slopes = lines[open_], (slopes[0][open_], slopes[1][open_])
+        adam.step(now, slopes, step + 1)
+    return value, corner, kept
+
+
+@dataclass
+class _Adam:
+    """Adam's averages for alpha and beta, one row a function."""
+
+    mean: tuple[Tensor, Tensor]
+    square: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, start: Multipliers) -> _Adam:
+        def zeros() -> tuple[Tensor, Tensor]:
+            return torch.zeros_like(start.alpha), torch.zeros_like(start.beta)
+
+        return cls(zeros(), zeros())
+
+    def __getitem__(self, chosen: Tensor) -> _Adam:
+        mean, square = self.mean, self.square
+        return _Adam((mean[0][chosen], mean[1][chosen]), (square[0][chosen], square[1][chosen]))
+
+    def step(self, now: Multipliers, slopes: tuple[Tensor, Tensor], count: int) -> None:
+        """Move the multipliers uphill, and back within their limits."""
+        shrunk = DECAY ** (count - 1)
+        for place, (values, length) in enumerate(((now.alpha, ALPHA_STEP), (now.beta, BETA_STEP))):
+            mean, square, slope = self.mean[place], self.square[place], slopes[place]
+            mean.lerp_(slope, 1 - _MEAN)
+            square.mul_(_SQUARE).addcmul_(slope, slope, value=1 - _SQUARE)
+            scale = (square / (1 - _SQUARE**count)).sqrt_().add_(_TINY)
+            values.add_((mean / scale).mul_(length * shrunk / (1 - _MEAN**count)))
+        now.alpha.clamp_(0.0, 1.0)
+        now.beta.clamp_(min=0.0)
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """The two lines around each neuron of each sub-domain, (B, n): slopes, and the upper line's value at zero."""
+
+    free: Tensor
+    fixed: Tensor
+    slope: Tensor
+    rise: Tensor
+    side: Tensor
+
+    def __getitem__(self, chosen: Tensor) -> _Lines:
+        return _Lines(self.free[chosen], self.fixed[chosen], self.slope[chosen], self.rise[chosen], self.side[chosen])
+
+    @classmethod
+    def of(cls, network: Reduced, phase: Tensor) -> _Lines:
+        free = phase == 0
+        chord = network.high / (network.high - network.low)
+        on = (phase > 0).to(chord.dtype)
+        return cls(
+            free,
+            on,
+            torch.where(free, chord, on),
+            torch.where(free, -chord * network.low, 0.0),
+            phase.to(chord.dtype),
+        )
+
+
+def _pass(lines: _Lines, network: Reduced, rows: Rows, now: Multipliers) -> tuple[Bound, tuple[Tensor, Tensor]]:
+    """One backward pass, and the gradients with respect to alpha and beta by one forward pass."""
+    units = network.units
+    below = torch.where(lines.free, now.alpha, lines.fixed)
+    push = lines.side * now.beta
+    weight = rows.hidden.clone()
+    carried = torch.empty_like(weight)
+    for first, last in reversed(network.groups):
+        part = slice(first, last)
+        positive = weight[:, part].clamp(min=0.0)
+        negative = weight[:, part] - positive
+        carried[:, part] = positive * below[:, part] + negative * lines.slope[:, part] - push[:, part]
+        if first:
+            weight[:, :first].addmm_(carried[:, part], units.hidden[part, :first])
+    pixels = torch.addmm(rows.inputs, carried, units.inputs)
+    middle, radius = (network.upper + network.lower) / 2, (network.upper - network.lower) / 2
+    value = rows.offset + carried @ units.offset + (weight.clamp(max=0.0) * lines.rise).sum(dim=1)
+    value = value + pixels @ middle - pixels.abs() @ radius
+    corner = middle - pixels.sign() * radius
+
+    inputs = torch.addmm(units.offset, corner, units.inputs.T)
+    outputs = torch.empty_like(inputs)
+    for first, last in network.groups:
+        part = slice(first, last)
+        if first:
+            inputs[:, part].addmm_(outputs[:, :first], units.hidden[part, :first].T)
+        outputs[:, part] = torch.where(
+            weight[:, part] > 0,
+            below[:, part] * inputs[:, part],
+            lines.slope[:, part] * inputs[:, part] + lines.rise[:, part],
+        )
+    toward_alpha = weight.clamp(min=0.0) * inputs * lines.free
+    toward_beta = -lines.side * inputs
+    return Bound(value, corner, weight, inputs), (toward_alpha, toward_beta)

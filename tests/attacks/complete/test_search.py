@@ -1,0 +1,104 @@
+"""Branch and bound and the mixed-integer program against the exact minimum over every activation pattern."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from robustboard.attacks.complete.branching import Effort, branch_and_bound
+from robustboard.attacks.complete.mixed_integer import solve
+
+TOLERANCE = 1e-3
+SEEDS = range(12)
+HARD = 7
+
+
+def margins_at(tiny, point):
+    """Class 0's margins by the model itself, in float64."""
+    with torch.no_grad():
+        logits = copy.deepcopy(tiny.model).double()(point[None])[0]
+    return logits[0] - logits[1:]
+
+
+def search(tiny, **effort):
+    """The search, with whatever looks like a counter-example checked by the model."""
+
+    def breaks(points):
+        return next((point for point in points if float(margins_at(tiny, point).min()) < 0), None)
+
+    return branch_and_bound(tiny.problem, tolerance=TOLERANCE, effort=Effort(**effort), breaks=breaks)
+
+
+def exact(tiny):
+    return [tiny.minimum(target) for target in tiny.problem.targets]
+
+
+@pytest.fixture(scope="module")
+def answers(tiny):
+    """Each problem with its exact minima."""
+    return [(problem, exact(problem)) for problem in (tiny(seed, radius=0.3 + 0.05 * (seed % 4)) for seed in SEEDS)]
+
+
+def test_the_problems_hold_both_answers(answers):
+    robust = [min(minima) > TOLERANCE for _, minima in answers]
+    assert 4 <= sum(robust) <= len(robust) - 4
+    assert sum(len(problem.problem.network) >= 3 for problem, _ in answers) >= 8
+
+
+def test_branch_and_bound_finds_the_truth(answers):
+    for tiny, minima in answers:
+        found = search(tiny, nodes=5000)
+        if min(minima) > TOLERANCE:
+            assert found.adversarial is None
+            assert found.reason is None
+            assert (found.margins > TOLERANCE).all()
+            assert (found.margins <= torch.tensor(minima) + 1e-7).all(), "a lower bound is below the minimum"
+        else:
+            assert found.adversarial is not None
+            assert not (found.margins > TOLERANCE).all()
+
+
+def test_the_program_finds_the_truth(answers):
+    for tiny, minima in answers:
+        for row, minimum in enumerate(minima):
+            solved = solve(tiny.problem, row, cutoff=TOLERANCE, nodes=10_000)
+            assert solved.proved == (minimum > TOLERANCE)
+            if not solved.proved:
+                assert float(margins_at(tiny, solved.point)[row]) <= TOLERANCE + 1e-5
+
+
+def test_split_phases_are_linear_programs(answers):
+    """The minimum over all patterns of split neurons is the minimum of the whole."""
+    tiny, minima = next((one, two) for one, two in answers if 2 <= len(one.problem.network) <= 4)
+    count = len(tiny.problem.network)
+    patterns = torch.cartesian_prod(*[torch.tensor([-1, 1], dtype=torch.int8)] * count).view(-1, count)
+    for cutoff, proved in ((minima[0] - 0.01, True), (minima[0] + 0.01, False)):
+        answers_of_parts = [solve(tiny.problem, 0, phase=phase, cutoff=cutoff, nodes=1).proved for phase in patterns]
+        assert all(answers_of_parts) == proved
+
+
+def test_an_exhausted_budget_is_no_answer(tiny):
+    hard = tiny(HARD, widths=(4, 20, 20, 2), radius=0.5)
+    full = search(hard, nodes=20_000)
+    assert full.nodes > 20, "the problem must need some search for a small budget to matter"
+    part = search(hard, nodes=10)
+    assert part.nodes <= 10
+    assert part.exhausted
+    assert "used up" in part.reason
+    assert part.adversarial is None
+    assert not (part.margins > TOLERANCE).all()
+
+
+def test_equal_questions_have_equal_answers(tiny):
+    hard = tiny(HARD, widths=(4, 20, 20, 2), radius=0.5)
+    first, second = search(hard, nodes=300), search(hard, nodes=300)
+    assert first.nodes == second.nodes
+    assert torch.equal(first.margins, second.margins)
+
+
+def test_the_width_of_the_search_changes_no_answer(answers):
+    for tiny, minima in answers[:8]:
+        answer = {width: search(tiny, nodes=5000, width=width) for width in (1, 64)}
+        assert {found.adversarial is None for found in answer.values()} == {min(minima) > TOLERANCE}
