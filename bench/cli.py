@@ -141,6 +141,12 @@ def score(
         Literal["cascade", "reference"],
         typer.Option(help="cascade attacks what is undecided; reference runs AutoAttack on every example."),
     ] = "cascade",
+    complete: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="NODES", help="Prove or break what is left open, with so many sub-domains an example."
+        ),
+    ] = 0,
     attack_seeds: Annotated[
         int, typer.Option(min=0, max=99, help="Other attack seeds to try on a subset, for the spread.")
     ] = 0,
@@ -169,6 +175,7 @@ def score(
         device=device,
         threads=threads,
         engine=attack_engine,
+        complete=complete,
         attack_seeds=attack_seeds,
         runs=runs,
         run_dir=run_dir,

@@ -32,16 +32,24 @@ class Audit:
     contradictions: list[Contradiction] = field(default_factory=list)
 
 
-def crossed_audit(examiner: Examiner, verdicts: Verdicts, *, all_attacked: bool) -> Audit:
+# Complete verification that is right proves nothing of a broken example whatever its budget; this finds one that errs
+# in its bounds, its reading of the network or its first splits.
+_COMPLETE_NODES = 64
+
+
+def crossed_audit(examiner: Examiner, verdicts: Verdicts, *, all_attacked: bool, complete: bool = False) -> Audit:
     """Try every bound on what is broken, and AutoAttack on a part of what is certified.
 
     Args:
         examiner: puts the questions.
         verdicts: what the evaluation settled.
         all_attacked: whether AutoAttack ran on the certified examples already, so that none is left to attack.
+        complete: whether complete verification is tried on the broken examples too, within a small budget.
     """
     audit = Audit()
     _bound_the_broken(examiner, verdicts, audit)
+    if complete:
+        _verify_the_broken(examiner, verdicts, audit)
     if all_attacked:
         audit.certified_attacked = int(verdicts.certified.sum())
     else:
@@ -61,6 +69,17 @@ def _bound_the_broken(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> N
                 audit.contradictions.append(Contradiction(int(row), method, verdicts.broken_by[row] or ""))
             examiner.progress.advance(len(rows))
     audit.broken_bounded = int(bounded.sum())
+
+
+def _verify_the_broken(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> None:
+    examiner.progress.begin("audit: complete verification", int(verdicts.broken.sum()) * _COMPLETE_NODES)
+    for _, rows in examiner.shards(verdicts.broken):
+        answer = examiner.complete("audit", rows, _COMPLETE_NODES)
+        if answer is None:
+            return
+        for row, method in zip(rows, answer.methods, strict=True):
+            if method is not None:
+                audit.contradictions.append(Contradiction(int(row), method, verdicts.broken_by[row] or ""))
 
 
 def _attack_the_certified(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> None:

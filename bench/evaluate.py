@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from robustboard.attacks import autoattack
+from robustboard.attacks.complete import verify
 from robustboard.attacks.engine_warnings import EngineWarning, merged, read_warnings
 from robustboard.bench.corrupted import Pictures, attack_corrupted, judge_corrupted, made, require_possible
 from robustboard.bench.crossed_audit import Audit, crossed_audit
@@ -19,7 +20,7 @@ from robustboard.bench.official import OfficialFiles
 from robustboard.bench.protocol import Examples, Track
 from robustboard.bench.session import Session
 from robustboard.bench.surrogates import Surrogates
-from robustboard.bench.verdicts import Flags, Verdicts
+from robustboard.bench.verdicts import COMPLETE, Flags, Verdicts
 from robustboard.defenses.adapter import NoProgress, Progress
 from robustboard.errors import GateError
 from robustboard.leaderboard.findings import Diagnosis
@@ -44,6 +45,7 @@ class Evaluation:
         notes: what limits a stage's result, such as bounds that cannot run on this network.
         warnings: of the reference engine's own checks.
         diagnosis: what the diagnostics of masked gradients found.
+        effort: the budgets of this run that are no part of the track, by name.
     """
 
     outcomes: pd.DataFrame
@@ -54,6 +56,7 @@ class Evaluation:
     notes: Sequence[str]
     warnings: Sequence[EngineWarning]
     diagnosis: Diagnosis
+    effort: Mapping[str, int] = field(default_factory=dict)
 
 
 def evaluate(
@@ -62,6 +65,7 @@ def evaluate(
     examples: Examples,
     *,
     engine: Engine = "cascade",
+    complete: int = 0,
     surrogates: Surrogates | None = None,
     progress: Progress | None = None,
     pictures: Pictures | None = None,
@@ -74,6 +78,8 @@ def evaluate(
         examples: the track's examples, in its order.
         engine: `"cascade"` attacks with AutoAttack what nothing has settled; `"reference"` runs it on every correctly
             classified example, which costs more and yields the metric `autoattack`.
+        complete: complete verification's budget for each example that is open after all attacks, in sub-domains; 0
+            leaves it out.
         surrogates: trains the networks that the transfer diagnostic attacks; None where there is no training data.
         progress: told of every stage.
         pictures: the corrupted images, where the track's set is read from official files; None makes them.
@@ -91,7 +97,7 @@ def evaluate(
     examiner.progress.begin("contract", 1)
     examiner.check()
     if breaks_contract(examiner):
-        examiner.bound_methods = ()
+        examiner.bound_methods, complete = (), 0
         examiner.notes.append("Bounds were not run: what the model answers is not a function of the image alone.")
     _clean(examiner, verdicts)
     examiner.progress.begin("reference checks", 1)
@@ -99,7 +105,8 @@ def evaluate(
     _pgd(examiner, verdicts)
     _bounds(examiner, verdicts)
     _autoattack(examiner, verdicts, engine)
-    audit = crossed_audit(examiner, verdicts, all_attacked=engine == "reference")
+    finished = _complete(examiner, verdicts, complete)
+    audit = crossed_audit(examiner, verdicts, all_attacked=engine == "reference", complete=bool(finished))
     diagnosed = diagnose(examiner, verdicts, surrogates)
     audit.contradictions.extend(diagnosed.contradictions)
     _gate(examiner, verdicts, audit)
@@ -111,11 +118,12 @@ def evaluate(
         verdicts.table(),
         verdicts.adversarial,
         audit,
-        tuple(method for method in examiner.bound_methods if examiner.bounding.get(method, True)),
+        (*(method for method in examiner.bound_methods if examiner.bounding.get(method, True)), *finished),
         dict(examiner.costs),
         tuple(examiner.notes),
         tuple(merged(examiner.warnings)),
         diagnosed.diagnosis,
+        {"complete_nodes": complete} if complete else {},
     )
 
 
@@ -162,6 +170,24 @@ def _autoattack(examiner: Examiner, verdicts: Verdicts, engine: Engine, *, spare
     if engine == "reference" and attacks == autoattack.STAGES:
         correct = np.flatnonzero(verdicts.clean)
         verdicts.autoattack.iloc[correct] = alive[correct]
+
+
+def _complete(examiner: Examiner, verdicts: Verdicts, nodes: int) -> tuple[str, ...]:
+    """Prove or break what is still open; returns the methods that could."""
+    wanted = verdicts.open if nodes else np.zeros(len(examiner.labels), dtype=bool)
+    if not wanted.any():
+        return ()
+    examiner.progress.begin("complete verification", int(wanted.sum()) * nodes)
+    for shard, rows in examiner.shards(wanted):
+        answer = examiner.complete(COMPLETE, rows, nodes)
+        if answer is None:
+            return ()  # of this network nothing can be known, which the first question finds out
+        broken = examiner.confirm(COMPLETE, "complete verification", shard, rows, answer.found)
+        verdicts.attacked(COMPLETE, rows, broken, answer.found)
+        for method in verify.METHODS:
+            proved = np.array([name == method for name in answer.methods], dtype=bool)
+            verdicts.bounded(method, rows, proved, answer.margins)
+    return tuple(name for name in verify.METHODS if name == verify.BRANCHING or name in verdicts.certified_by)
 
 
 def _gate(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from robustboard.attacks import own_certificates
+from robustboard.attacks.complete import verify
 from robustboard.attacks.engine_warnings import EngineWarning, read_warnings
 from robustboard.bench.channel import Array
 from robustboard.bench.operations import Reply
@@ -49,6 +50,38 @@ class StageCost:
         self.seconds += reply.seconds
         self.forwards = (self.forwards or 0) + reply.forwards
         self.backwards = (self.backwards or 0) + reply.backwards
+
+
+@dataclass(frozen=True)
+class CompleteAnswer:
+    """What complete verification says of some rows.
+
+    Attributes:
+        found: perturbed images (N, C, H, W); the clean image where there is no counter-example.
+        methods: for each row the method that proved it, or None.
+        margins: lower bounds (N, K).
+    """
+
+    found: Floats
+    methods: list[str | None]
+    margins: Floats
+
+
+class _Budget:
+    """Moves a bar by one example's budget: as its work is told, and at its end by what was not needed."""
+
+    def __init__(self, nodes: int, progress: Progress) -> None:
+        self._left, self._progress = nodes, progress
+
+    def advance(self, steps: int) -> None:
+        """Tell of some work."""
+        told = min(steps, self._left)
+        self._left -= told
+        self._progress.advance(told)
+
+    def finish(self) -> None:
+        """The example is done."""
+        self.advance(self._left)
 
 
 @dataclass
@@ -190,11 +223,42 @@ class Examiner:
             "memory_bytes": self.track.bounds.memory_mebibytes << 20,
         }
         reply = self._call(stage, "certify", settings, self._rows(rows))
+        certified, margins = self._bounds_of(reply, method, rows)
+        self.bounding[method] = self.bounding.get(method, False) or bool(np.isfinite(margins).any())
+        return certified, margins
+
+    def complete(self, stage: str, rows: Rows, nodes: int) -> CompleteAnswer | None:
+        """Complete verification of `rows` of one shard, `nodes` sub-domains each; None where the network has none."""
+        settings = {
+            **self._threat_settings(),
+            "classes": self.examples.classes,
+            "nodes": nodes,
+            "memory_bytes": self.track.bounds.memory_mebibytes << 20,
+        }
+        answer = CompleteAnswer(
+            self.images[rows].copy(), [None] * len(rows), np.zeros((0, self.examples.classes), np.float32)
+        )
+        margins: list[Floats] = []
+        for place, row in enumerate(rows):
+            one = np.array([row])
+            done = _Budget(nodes, self.progress)
+            reply = self.session.call("complete", settings, self._rows(one), on_forwards=done.advance)
+            done.finish()
+            self.costs[stage].add(reply)
+            certified, lower = self._bounds_of(reply, "complete", one)
+            if reply.values["reason"] is not None:
+                return None
+            answer.found[place] = self._perturbed(reply, one)[0]
+            answer.methods[place] = verify.known_method(reply.values["methods"][0]) if certified[0] else None
+            margins.append(lower)
+        return replace(answer, margins=np.concatenate(margins))
+
+    def _bounds_of(self, reply: Reply, method: str, rows: Rows) -> tuple[Flags, Floats]:
+        """What a reply proves about `rows`; its notes go to `notes`."""
         self.notes += [str(note) for note in reply.values["notes"] if note not in self.notes]
         certified, margins = reply.arrays["certified"], reply.arrays["margins"]
         if certified.shape != (len(rows),) or margins.shape != (len(rows), self.examples.classes):
             raise WorkerError(f"The model's process returned {method} bounds of a wrong shape; they are not used.")
-        self.bounding[method] = self.bounding.get(method, False) or bool(np.isfinite(margins).any())
         return certified.astype(bool), margins.astype(np.float32)
 
     def measure(self, stage: str, name: str, rows: Rows) -> Reply:

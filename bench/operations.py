@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from robustboard.attacks import autoattack, bounds, own_certificates
+from robustboard.attacks.complete import verify
 from robustboard.attacks.counting import PassCounter
 from robustboard.attacks.gradient_checks import FiniteGradients
 from robustboard.attacks.pgd import pgd
@@ -72,6 +73,7 @@ class Operations:
             "autoattack": self._autoattack,
             "certify": self._certify,
             "measure": self._measure,
+            "complete": self._complete,
         }
 
     def run(self, operation: str, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
@@ -179,6 +181,28 @@ class Operations:
         )
         found = measures.measure(params["measure"], subject)
         return Reply(dict(found.values), dict(found.arrays))
+
+    def _complete(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
+        """Proofs and counter-examples; a sign of life counts nodes, and the passes that confirm a counter-example."""
+        images, labels = self._images(arrays)
+        found = verify.settle(
+            self._model,
+            images,
+            labels,
+            threat=_threat(params),
+            classes=params["classes"],
+            nodes=params["nodes"],
+            memory_bytes=params["memory_bytes"],
+            on_nodes=self._on_forwards,
+        )
+        return Reply(
+            {"notes": found.notes, "methods": found.methods, "reason": found.bounds.reason},
+            {
+                "adversarial": found.adversarial.cpu().numpy(),
+                "margins": found.bounds.margins.cpu().numpy(),
+                "certified": found.bounds.certified.cpu().numpy(),
+            },
+        )
 
 
 def _threat(params: Mapping[str, Any]) -> ThreatModel:

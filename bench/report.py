@@ -88,6 +88,7 @@ def build_record(
             "status": found.diagnosis.status,
             "reasons": found.diagnosis.reasons,
             "notes": tuple(found.notes),
+            "effort": dict(found.effort),
         }
     )
     return attach(record, found.outcomes)

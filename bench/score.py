@@ -56,6 +56,7 @@ class Request:
         device: a torch device.
         threads: of the model's process; None takes every core.
         engine: see `evaluate`.
+        complete: see `evaluate`.
         attack_seeds: how many other seeds the attacks are run with on a subset; see `study_attack_seeds`.
         runs: where run directories are made.
         run_dir: this run's directory, in place of one under `runs`.
@@ -72,6 +73,7 @@ class Request:
     device: str = "cpu"
     threads: int | None = None
     engine: Engine = "cascade"
+    complete: int = 0
     attack_seeds: int = 0
     runs: Path = Path("runs")
     run_dir: Path | None = None
@@ -117,6 +119,7 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
     pictures = corrupted_images(track, examples, data_folders(request.data_dirs))
     entrant = find_entrant(request.defense, request.overrides, track, dataset, seed=request.seed)
     run = entrant.key if request.engine == "cascade" else f"{entrant.key}-{request.engine}"
+    run = f"{run}-complete-{request.complete}" if request.complete else run
     folder = request.run_dir or request.runs / track.id / entrant.info.name / run
     _require_writable(folder)
     threads = request.threads or cores()
@@ -131,6 +134,7 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
                 track,
                 examples,
                 engine=request.engine,
+                complete=request.complete,
                 surrogates=_surrogates(track, dataset, folder=_common_folder(request, track, folder)),
                 progress=watched,
                 pictures=pictures,
@@ -175,6 +179,7 @@ def score(
     n: int | None = None,
     device: str | torch.device = "cpu",
     engine: Engine = "cascade",
+    complete: int = 0,
     data_dirs: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> Record:
@@ -189,6 +194,7 @@ def score(
         n: judge only the first n examples.
         device: a torch device.
         engine: see `evaluate`.
+        complete: see `evaluate`.
         data_dirs: folders to look for data in, before those of ROBUSTBOARD_DATA.
         progress: told of every stage.
 
@@ -210,6 +216,7 @@ def score(
         loaded,
         examples,
         engine=engine,
+        complete=complete,
         surrogates=_surrogates(loaded, dataset),
         progress=progress,
         pictures=corrupted_images(loaded, examples, data_folders(data_dirs)),

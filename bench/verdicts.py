@@ -15,6 +15,7 @@ Rows = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
 ATTACKS = ("pgd", *autoattack.STAGES)
+COMPLETE = "complete"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Verdicts:
         hashes: the content hash of each example.
         labels: (N,) int64.
         clean: whether the clean image is classified correctly.
-        survived: for each attack a nullable column; true is still correct, null is not run.
+        survived: for each attack a nullable column; true is still correct, null is not run. Complete verification has
+            one when it ran.
         autoattack: whether the example survived the reference engine; null where that did not run in full.
         adversarial: the perturbed image that broke an example, by row.
         corrupted: by column, which corrupted images are classified correctly.
@@ -82,6 +84,8 @@ class Verdicts:
 
     def attacked(self, attack: str, rows: Rows, broken: Flags, images: npt.NDArray[np.float32]) -> None:
         """Enter an attack's confirmed result for `rows`: images (len(rows), C, H, W)."""
+        if attack not in self.survived:
+            self.survived[attack] = self._nulls()
         self.survived[attack].iloc[rows] = ~broken
         for row, image in zip(rows[broken], images[broken], strict=True):
             if self.broken_by[row] is None:

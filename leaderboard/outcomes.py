@@ -22,11 +22,14 @@ ATTACKS: Final = ("pgd", "apgd_ce", "apgd_t", "fab_t", "square")
 """The cascade's attacks, in the order they run."""
 REFERENCE: Final = "autoattack"
 """The column of the reference engine: whether an example survived all of AutoAttack."""
+COMPLETE: Final = "complete"
+"""The column of complete verification, in tables of runs that had it: whether it found no counter-example."""
 CHALLENGE: Final = "challenge"
 """The column of other people's adversarial examples, in tables that a challenge was entered in and in no others."""
 VERDICTS: Final = ("misclassified", "broken", "certified", "undecided")
 
-_PROTOCOL_ATTACKS: Final = (*ATTACKS, REFERENCE)
+_ALWAYS_THERE: Final = (*ATTACKS, REFERENCE)
+_PROTOCOL_ATTACKS: Final = (*_ALWAYS_THERE, COMPLETE)
 _ALL_ATTACKS: Final = (*_PROTOCOL_ATTACKS, CHALLENGE)
 # The names that are left out here are those of means, in the metrics.
 _CONDITION: Final = r"(?!(?:robust|standard-15|rift-18)/)([a-z0-9][a-z0-9_-]{0,39})/([1-9][0-9]?)"
@@ -39,14 +42,14 @@ _FIXED: Final[dict[str, str]] = {
     "index": "int64",
     "label": "int64",
     "clean": "bool",
-    **dict.fromkeys(_PROTOCOL_ATTACKS, "nullable boolean"),
+    **dict.fromkeys(_ALWAYS_THERE, "nullable boolean"),
     "broken_by": "nullable text",
     "certified": "bool",
     "certified_by": "nullable text",
     "margin_lower": "nullable float64",
     "verdict": "text",
 }
-_OPTIONAL: Final[dict[str, str]] = {CHALLENGE: "nullable boolean"}
+_OPTIONAL: Final[dict[str, str]] = dict.fromkeys((COMPLETE, CHALLENGE), "nullable boolean")
 _ARROW: Final[dict[str, pa.DataType]] = {
     "text": pa.string(),
     "nullable text": pa.string(),
@@ -130,7 +133,7 @@ def check_outcomes(outcomes: pd.DataFrame) -> None:
     wrong = (outcomes["verdict"].astype(object) != verdicts(outcomes).astype(object)).to_numpy(bool)
     _refuse(outcomes, wrong, "given a verdict that does not follow from the other columns.")
     undecided = clean & ~certified & ~by_attack
-    for attack in _PROTOCOL_ATTACKS:
+    for attack in [attack for attack in _PROTOCOL_ATTACKS if attack in outcomes]:
         ran = outcomes[attack].notna().to_numpy(bool)
         if ran.any():
             _refuse(outcomes, undecided & ~ran, f"undecided although {attack} ran on others and not on them.")

@@ -190,6 +190,7 @@ class Record(_Part):
     Attributes:
         hyper: the hyper-parameters the defense was trained with.
         seeds: by what they seed, such as `training` and `attack`.
+        effort: budgets of the run that are no part of its track, in work units, such as `complete_nodes`.
         cost: by stage.
         bound_methods: the bound methods that ran, in their order; empty where bounds were not run.
         metrics: see `derive_metrics`.
@@ -211,6 +212,7 @@ class Record(_Part):
     parameters: Count
     hyper: dict[Line, Free] = Field(default_factory=dict)
     seeds: dict[Line, StrictInt] = Field(default_factory=dict)
+    effort: dict[Line, Count] = Field(default_factory=dict)
     environment: Environment
     cost: dict[Line, StageCost] = Field(default_factory=dict)
     bound_methods: Annotated[tuple[Name, ...], Field(max_length=20)] = ()

@@ -202,3 +202,32 @@ def test_damaged_parquet_is_one_sentence(make_table: Table) -> None:
 def test_a_break_outranks_a_certificate_in_the_verdict() -> None:
     frame = pd.DataFrame({"clean": [True], "certified": [True], "pgd": pd.array([False], dtype="boolean")})
     assert verdicts(frame).tolist() == ["broken"]
+
+
+def with_complete(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table of a run with complete verification: one of the open examples is broken by it, one certified."""
+    column = pd.array([pd.NA] * len(frame), dtype="boolean")
+    open_ = np.flatnonzero(frame["verdict"] == "undecided")
+    column[open_] = True
+    column[open_[0]] = False
+    frame["complete"] = column
+    frame.loc[open_[0], ["broken_by", "verdict"]] = ["complete", "broken"]
+    frame.loc[open_[1], ["certified", "certified_by", "verdict"]] = [True, "complete-mip", "certified"]
+    frame.loc[open_[1], "margin_lower"] = 0.01
+    return frame
+
+
+def test_a_table_may_have_a_column_of_complete_verification(make_table: Table) -> None:
+    plain, frame = make_table(), with_complete(make_table())
+    check_outcomes(frame)
+    again = from_parquet(to_parquet(frame))
+    assert again["complete"].dtype == "boolean"
+    pd.testing.assert_frame_equal(again[sorted(again)], frame[sorted(again)])
+    assert "complete" not in from_parquet(to_parquet(plain))
+
+
+def test_complete_verification_ran_on_all_that_stayed_open(make_table: Table) -> None:
+    frame = with_complete(make_table())
+    frame.loc[first(frame, "undecided"), "complete"] = pd.NA
+    with pytest.raises(RecordError, match="undecided although complete ran on others"):
+        check_outcomes(frame)
