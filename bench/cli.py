@@ -15,19 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 
 from robustboard.bench import cli_records
-from robustboard.bench.cli_options import AsJson, DataDir
-from robustboard.bench.cli_options import overrides as _overrides
-from robustboard.bench.cli_options import print_json as _print_json
+from robustboard.bench.cli_options import AsJson, DataDir, overrides, print_json
+from robustboard.bench.cli_tables import print_board, print_record
 from robustboard.errors import FindingError, OutputError, RobustBoardError, TrackingError, first_line
 
 if TYPE_CHECKING:
     from robustboard.bench.claims.claim import PaperClaim
     from robustboard.bench.claims.store import Result
-    from robustboard.leaderboard.record import Record
 
 app = typer.Typer(
     name="robustboard",
@@ -41,7 +38,6 @@ app = typer.Typer(
 cli_records.register(app)
 
 _DEFAULT_RUNS = Path("runs")
-_CORRUPTION_METRICS = ("corruption/standard-15", "corruption/rift-18", "corruption/robust")
 
 Runs = Annotated[Path, typer.Option("--runs", help="Folder of run directories and of the MLflow store.")]
 Mlflow = Annotated[
@@ -75,7 +71,7 @@ def tracks(*, as_json: AsJson = False) -> None:
 
     loaded = [load_track(name) for name in track_ids()]
     if as_json:
-        _print_json([track.frozen() for track in loaded])
+        print_json([track.frozen() for track in loaded])
         return
     table = Table(
         Column("track", no_wrap=True), "data", "threat", "examples", box=None, header_style="bold", pad_edge=False
@@ -117,7 +113,7 @@ def defenses(*, as_json: AsJson = False) -> None:
 
     cards = registry.cards()
     if as_json:
-        _print_json([dataclasses.asdict(card) for card in cards])
+        print_json([dataclasses.asdict(card) for card in cards])
         return
     table = Table("name", "year", "kind", "method", box=None, header_style="bold", pad_edge=False)
     for card in cards:
@@ -171,7 +167,7 @@ def score(
         track=track,
         n=n,
         seed=seed,
-        overrides=_overrides(settings or []),
+        overrides=overrides(settings or []),
         device=device,
         threads=threads,
         engine=attack_engine,
@@ -193,7 +189,7 @@ def score(
         sys.stdout.write(scored.record.to_json())
         sys.stdout.flush()
     else:
-        _print_record(scored.record)
+        print_record(scored.record)
         typer.echo(f"\nRecord: {scored.folder}")
         typer.echo(f"Board:  robustboard leaderboard --records {runs} --out site")
     if uri is not None:
@@ -244,7 +240,7 @@ def demo(
     console = Console(stderr=True)
     with Bars(console) as bars:
         result = run_demo(runs=runs, out=out, jobs=jobs, bars=bars)
-    _print_board(result.records)
+    print_board(result.records)
     for name, reason in result.unsuited:
         typer.echo(f"{name} was left out: {reason}")
     typer.echo(f"\nSite:   {result.site}")
@@ -271,7 +267,7 @@ def diagnostics(
         panel = run_panel(track, seeds=range(seeds), runs=runs, data_dirs=data_dir or [], progress=bar)
         bar.end()
     if as_json:
-        _print_json(panel.as_json())
+        print_json(panel.as_json())
         return
     show(panel, Console())
 
@@ -303,7 +299,7 @@ def claims(
         results |= fresh
         differences = command.disagreements(again, fresh)
     if as_json:
-        _print_json([store.as_json(claim, results[claim.id]) for claim in shown])
+        print_json([store.as_json(claim, results[claim.id]) for claim in shown])
     else:
         console = Console()
         for claim in shown:
@@ -338,50 +334,6 @@ def _verify(
             fresh[claim.id] = command.verify(claim, laboratory, out=out or runs / "results")
             bar.end()
     return fresh
-
-
-def _shown(record: Record, name: str) -> str:
-    metric = record.metrics.get(name)
-    return "not run" if metric is None else f"{metric.value:.1%} \\[{metric.low:.1%}, {metric.high:.1%}]"
-
-
-def _print_board(records: Sequence[Record]) -> None:
-    shown = ("clean", "pgd", "certified", "corruption")
-    heads = ("defense", "robust [95 % interval]", *shown)
-    table = Table(*(Column(head, no_wrap=True) for head in heads), box=None, header_style="bold", pad_edge=False)
-    for record in records:
-        values = (f"{record.metrics[name].value:.1%}" if name in record.metrics else "not run" for name in shown)
-        table.add_row(record.defense.name, _shown(record, "robust"), *values)
-    Console().print(table)
-
-
-def _print_record(record: Record) -> None:
-    from robustboard.leaderboard.corruption import relative_drop
-    from robustboard.leaderboard.findings import read_diagnosis
-
-    table = Table("metric", "value [95 % interval]", box=None, header_style="bold", pad_edge=False)
-    for name in ("clean", "pgd", "robust", "autoattack", "certified", "undecided", "corruption", *_CORRUPTION_METRICS):
-        if name in record.metrics:
-            table.add_row(name, _shown(record, name))
-    if (drop := relative_drop(record.outcomes)) is not None:
-        table.add_row("drop under corruption", f"{drop.value:.1%} \\[{drop.low:.1%}, {drop.high:.1%}]")
-    console = Console()
-    console.print(f"[bold]{escape(record.defense.title)}[/bold] on {record.track.id}, n = {record.n}")
-    console.print(table)
-    if spread := record.attack_spread:
-        console.print(
-            f"attack seeds: robust {spread.min:.1%} to {spread.max:.1%} over {len(spread.seeds)} seeds, sd "
-            f"{spread.sd:.2%}, on a subset of n = {spread.n}; {spread.would_break} undecided examples would have been "
-            "broken",
-            markup=False,
-            highlight=False,
-        )
-    console.print(f"Status: {record.status}", markup=False, highlight=False)
-    diagnosis = read_diagnosis(record.diagnostics)
-    flags = diagnosis.flags if diagnosis else ()
-    for head, sentences in (("Reason", record.reasons), ("Flag", flags), ("Note", record.notes)):
-        for sentence in sentences:
-            console.print(f"{head}: {sentence}", markup=False, highlight=False)
 
 
 class _StopSignal(BaseException):
