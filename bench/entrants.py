@@ -154,6 +154,16 @@ def find_entrant(
     return SubmittedEntrant(Path(defense))
 
 
+def require_known(defense: str, overrides: Mapping[str, object]) -> None:
+    """Refuse a name or an override that cannot be, before any data is read.
+
+    Raises:
+        DefenseError: if a name is not of the registry, or has no such hyper-parameter.
+    """
+    if not is_path(defense):
+        registry.create(defense, overrides)
+
+
 def why_unsuited(name: str, track: Track, dataset: Dataset) -> str | None:
     """Why a defense of the registry cannot enter a track, in a sentence; None when it can."""
     return registry.create(name, {}).unsuited(training_data(track, dataset), track.threat)

@@ -25,7 +25,7 @@ from torch import nn
 
 from robustboard.bench.attack_seeds import SeedStudy, study_attack_seeds
 from robustboard.bench.datasets import Dataset, data_folders, from_arrays, load_dataset
-from robustboard.bench.entrants import find_entrant
+from robustboard.bench.entrants import find_entrant, require_known
 from robustboard.bench.environment import cores
 from robustboard.bench.evaluate import Engine, Evaluation, evaluate
 from robustboard.bench.examiner import Floats
@@ -112,6 +112,7 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
     """
     watched = _Watched(progress or NoProgress())
     watched.begin("data", 1)
+    require_known(request.defense, request.overrides)
     track = load_track(request.track)
     track = track if request.n is None else track.limited(request.n)
     dataset = load_dataset(track.dataset, data_dirs=data_folders(request.data_dirs), download=request.download)

@@ -111,8 +111,9 @@ def test_an_unknown_track_is_one_sentence(run):
     assert "digits-linf@1" in _refused(run("score", "standard", "--track", "digits-linv@1"))
 
 
-def test_an_unknown_defense_is_one_sentence(run):
-    assert "pgd-at" in _refused(run("score", "pgd-att", "--track", "digits-linf@1"))
+def test_an_unknown_defense_is_one_sentence_even_where_its_data_are_missing(run, tmp_path):
+    said = _refused(run("score", "pgd-att", "--track", "cifar100-linf@1", HOME=str(tmp_path), XDG_CACHE_HOME=""))
+    assert "pgd-at" in said
 
 
 def test_missing_data_is_one_sentence(run, tmp_path):
