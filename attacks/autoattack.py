@@ -27,6 +27,7 @@ from robustboard.errors import ModelError, TrackError
 STAGES = ("apgd_ce", "apgd_t", "fab_t", "square")
 _THEIR_NORMS: Mapping[str, str] = MappingProxyType({"linf": "Linf", "l2": "L2"})
 _TARGETS = 9
+_LEAST_CLASSES: Mapping[str, int] = MappingProxyType({"apgd_t": 4})
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def applicable(classes: int) -> tuple[str, ...]:
     >>> applicable(2)
     ('apgd_ce', 'fab_t', 'square')
     """
-    return tuple(stage for stage in STAGES if stage != "apgd_t" or classes >= 4)
+    return tuple(stage for stage in STAGES if classes >= _LEAST_CLASSES.get(stage, 2))
 
 
 def run_stage(
@@ -158,8 +159,8 @@ def square_gain(*, before: float, after: float) -> tuple[str, ...]:
 def _require_stage(stage: str, threat: ThreatModel, images: Tensor, classes: int) -> None:
     if stage not in STAGES:
         raise TrackError(f"The AutoAttack stage {stage!r} is unknown; choose from {', '.join(STAGES)}.")
-    if stage not in applicable(classes):
-        raise TrackError(f"The AutoAttack stage {stage} needs at least 4 classes, not {classes}; leave it out.")
+    if classes < (least := _LEAST_CLASSES.get(stage, 2)):
+        raise TrackError(f"The AutoAttack stage {stage} needs at least {least} classes, not {classes}; leave it out.")
     if stage == "square" and threat.norm == "l2" and min(images.shape[-2:]) < 5:
         size = " x ".join(str(side) for side in images.shape[-2:])
         raise TrackError(f"Square Attack in L2 needs images of at least 5 x 5 pixels, not {size}; leave it out.")
