@@ -20,6 +20,11 @@ from robustboard.errors import TrackError
 
 Norm = Literal["linf", "l2"]
 
+# No image in the pixel box is farther from another: that would take 10^12 pixels.
+_LARGEST_L2 = 10**6
+_LONGEST_TEXT = 200
+_LARGEST_EXPONENT = 99
+
 
 @dataclass(frozen=True)
 class ThreatModel:
@@ -30,7 +35,8 @@ class ThreatModel:
         eps: the radius in pixel units of [0, 1], an exact fraction.
 
     Raises:
-        TrackError: for another norm, or a radius that is not a positive fraction (at most 1 for L-inf).
+        TrackError: for another norm, or a radius that is not a positive fraction (at most 1 for L-inf) of a size
+            that float32 can hold.
 
     >>> ThreatModel.parse("linf", "8/255").eps
     Fraction(8, 255)
@@ -48,6 +54,10 @@ class ThreatModel:
             raise TrackError(f"The radius eps must be a positive fraction such as 8/255, not {self.eps}.")
         if self.norm == "linf" and self.eps > 1:
             raise TrackError(f"The radius eps is in pixel units of [0, 1], such as 8/255, so {self.eps} is too large.")
+        if self.eps > _LARGEST_L2:
+            raise TrackError(f"The radius eps is too large: no images are farther apart than {_LARGEST_L2}.")
+        if self.radius == 0:
+            raise TrackError("The radius eps is too small: rounded to float32 it is 0.")
 
     @classmethod
     def parse(cls, norm: object, eps: object) -> ThreatModel:
@@ -58,14 +68,17 @@ class ThreatModel:
         """
         if isinstance(eps, bool) or not isinstance(eps, str | int | Fraction):
             raise TrackError(f'The radius eps must be an exact fraction in quotes, such as "8/255", not {eps!r}.')
-        above, slash, below = str(eps).partition("/")
         try:
+            text = str(eps)
+            if len(text) > _LONGEST_TEXT:
+                raise ValueError("too long")
+            above, slash, below = text.partition("/")
             # Each side is a number of its own: Fraction("1/2") below the line would read "1/1/2" as two.
             if "/" in below:
                 raise ValueError("two division signs")
-            value = Fraction(above.strip()) / (Fraction(below.strip()) if slash else 1)
+            value = _exact(above) / (_exact(below) if slash else 1)
         except (ValueError, ZeroDivisionError) as error:
-            raise TrackError(f'The radius eps must be a fraction such as "8/255", not {eps!r}.') from error
+            raise TrackError(f'The radius eps must be a fraction such as "8/255", not {_shown(eps)}.') from error
         return cls(cast("Norm", norm), value)
 
     @property
@@ -167,6 +180,20 @@ class ThreatModel:
         low = torch.where(low.double() > lower, _next(low, -math.inf), low)
         high = torch.where(high.double() < upper, _next(high, math.inf), high)
         return low.clamp(min=0.0), high.clamp(max=1.0)
+
+
+def _shown(eps: str | int | Fraction) -> str:
+    if isinstance(eps, str):
+        return repr(eps) if len(eps) <= _LONGEST_TEXT else f"a text of {len(eps)} characters"
+    return "a number of so many digits"
+
+
+def _exact(text: str) -> Fraction:
+    """A decimal or whole number; one with a huge exponent would fill the memory with its digits."""
+    _, has_exponent, exponent = text.lower().partition("e")
+    if has_exponent and abs(int(exponent)) > _LARGEST_EXPONENT:
+        raise ValueError("the exponent is too large")
+    return Fraction(text.strip())
 
 
 def _norm(delta: Tensor) -> Tensor:

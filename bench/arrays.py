@@ -7,6 +7,7 @@ they are not what an evaluation needs, before any model is touched.
 from __future__ import annotations
 
 import hashlib
+import lzma
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -26,17 +27,22 @@ Images = npt.NDArray[Any]
 Labels = npt.NDArray[np.int64]
 """(N,), classes 0..K-1."""
 
-_UNREADABLE = (
+UNREADABLE = (
     OSError,
     ValueError,
     EOFError,
     RuntimeError,  # an encrypted archive
     NotImplementedError,  # a compression that Python does not know
     SyntaxError,  # a header that does not parse
-    MemoryError,  # a header that promises more than there is
+    TypeError,  # a header whose parts are of other kinds
+    LookupError,  # a dtype with parts missing
+    ArithmeticError,  # a shape beyond all integers
+    MemoryError,  # a header that promises more than there is, or is nested too deeply
     zipfile.BadZipFile,
     zlib.error,
+    lzma.LZMAError,
 )
+"""What NumPy and zipfile raise for bytes that are no archive of plain arrays."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +110,7 @@ def load_members(path: Path, names: tuple[str, ...]) -> dict[str, npt.NDArray[An
             return {name: content[name] for name in names if name in content.files}
     except FileNotFoundError as error:
         raise DataError(f"The file {path} does not exist.") from error
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise DataError(
             f"{path} cannot be read as an npz archive of plain arrays ({one_line(error)}); "
             "it is damaged, truncated or of another kind."

@@ -16,7 +16,7 @@ import pandas as pd
 from robustboard.bench.examiner import Examiner, Floats
 from robustboard.bench.perturbed_file import Perturbed, read_perturbed, write_perturbed
 from robustboard.bench.process import LOAD_SECONDS, WorkerProcess
-from robustboard.bench.recall import Located, Recalled, bring_back, locate, recall_entrant, recall_examples
+from robustboard.bench.recall import Located, Recalled, bring_back, last, locate, recall_entrant, recall_examples
 from robustboard.bench.verdicts import Flags
 from robustboard.defenses.adapter import NoProgress, Progress
 from robustboard.errors import ChallengeError, GateError, ModelError, OutputError, RecordError
@@ -87,13 +87,17 @@ class Challenged:
 def run_challenge(request: Request, progress: Progress | None = None) -> Challenged:
     """Check a file of adversarial examples against a record, and lower the record when they hold.
 
+    Of a record in a run directory, the last of those that challenges put in its place is challenged, so that every
+    break adds to those before.
+
     Raises:
         GateError: if an image breaks a certified example; nothing is written.
         RobustBoardError: one sentence for whatever cannot be used.
     """
     watched = progress or NoProgress()
     watched.begin("data", 1)
-    located = locate(request.record)
+    _require_no_run(request.out)
+    located = last(locate(request.record))
     recalled = recall_examples(
         located.record, track=request.track, data_dirs=request.data_dirs, download=request.download
     )
@@ -174,15 +178,16 @@ def _lower(
 ) -> Challenged:
     """Write the record that follows from a challenge, with the images that break its examples."""
     before = located.record
-    default = (located.run or located.folder.absolute().parent) / f"challenged-{given.sha256[:12]}"
-    folder = request.out or default
-    if (folder / RECORD_FILE).exists() and not _same(folder, given.sha256):
+    if before.outcomes_sha256 is None:
+        raise RecordError("The record does not say which outcome table it was made from.")
+    # One file may lower many records, and records outside run directories may share a parent.
+    name = f"challenged-{given.sha256[:12]}-{before.outcomes_sha256[:12]}"
+    folder = request.out or (located.run or located.folder.absolute().parent) / name
+    if (folder / RECORD_FILE).exists() and not _same(folder, before, given.sha256):
         raise OutputError(f"The folder {folder} holds another record; name a new one with --out.")
     tried = np.zeros(len(held), dtype=bool)
     tried[given.rows] = True
     outcomes = lowered_table(before.outcomes, tried, held)
-    if before.outcomes_sha256 is None:
-        raise RecordError("The record does not say which outcome table it was made from.")
     challenge = Challenge(
         file_sha256=given.sha256,
         given=result.given,
@@ -209,10 +214,19 @@ def _lower(
     return replace(result, after=after, folder=folder)
 
 
-def _same(folder: Path, sha256: str) -> bool:
-    """Whether the record there came from the same file."""
-    challenges = load(folder).challenges
-    return bool(challenges) and challenges[-1].file_sha256 == sha256
+def _same(folder: Path, before: Record, sha256: str) -> bool:
+    """Whether the record there came from the same file and the same record."""
+    there = load(folder)
+    if not there.challenges or there.checkpoint_sha256 != before.checkpoint_sha256:
+        return False
+    entered = there.challenges[-1]
+    return (entered.file_sha256, entered.replaces) == (sha256, before.outcomes_sha256)
+
+
+def _require_no_run(out: Path | None) -> None:
+    """Refuse a run directory as the place of a lowered record, whose images would replace the run's."""
+    if out is not None and any((out / name).exists() for name in ("checkpoints", "model.safetensors", "record")):
+        raise OutputError(f"The folder {out} is a run directory; name a new one with --out.")
 
 
 def _store_images(folder: Path, located: Located, recalled: Recalled, given: Perturbed, newly: Flags) -> None:
@@ -241,7 +255,7 @@ def write_targets(
     Raises:
         RobustBoardError: one sentence for whatever cannot be used or written.
     """
-    located = locate(record)
+    located = last(locate(record))
     recalled = recall_examples(located.record, track=track, data_dirs=data_dirs, download=download)
     examples = recalled.examples
     rows = np.flatnonzero((located.record.outcomes["verdict"] == "undecided").to_numpy(bool))

@@ -126,7 +126,9 @@ def score(
     defense: Annotated[str, typer.Argument(help="A name from `robustboard defenses`, or the path of a defense.toml.")],
     *,
     track: Annotated[str, typer.Option(help="An id from `robustboard tracks`, or the path of your own TOML.")],
-    n: Annotated[int | None, typer.Option(min=1, help="Judge only the first N examples (another track id).")] = None,
+    n: Annotated[
+        int | None, typer.Option(min=1, help="Judge only the first N examples (another track id, if it has more).")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The training seed.")] = 0,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="K=V", help="A hyper-parameter; may be repeated.")

@@ -106,12 +106,15 @@ def curve(
     from robustboard.bench.curve import Request, run_curve
     from robustboard.bench.environment import cores
     from robustboard.bench.progress import Bars
-    from robustboard.files import write_text
+    from robustboard.files import require_writable, write_text
     from robustboard.leaderboard.curve_chart import curve_svg
 
     for path in out or []:
         if path.suffix not in (".svg", ".json"):
             raise OutputError(f"--out takes a file that ends in .svg or .json, not {path}.")
+        if path.is_dir():
+            raise OutputError(f"{path} cannot be made: it is a folder.")
+        require_writable(path.absolute().parent, str(path))
     request = Request(
         defense=defense,
         track=track,
@@ -128,13 +131,14 @@ def curve(
     )
     with Bars(Console(stderr=True)) as bars:
         found = run_curve(request, bars.job(Path(defense).stem if defense.endswith(".toml") else defense))
-    for path in out or []:
-        text = curve_svg(found) if path.suffix == ".svg" else found.to_json()
-        write_text(path, text)
+    # Printed first, so that a disk that is full by now does not take the result with it.
     if as_json:
         sys.stdout.write(found.to_json())
     else:
         _print_curve(found)
+    for path in out or []:
+        text = curve_svg(found) if path.suffix == ".svg" else found.to_json()
+        write_text(path, text)
 
 
 def challenge(
@@ -197,7 +201,9 @@ def seeds(
     *,
     track: Annotated[str, typer.Option(help="An id from `robustboard tracks`, or the path of your own TOML.")],
     numbers: Annotated[str, typer.Option("--seeds", metavar="S,...", help="Training seeds.")] = "0,1,2",
-    n: Annotated[int | None, typer.Option(min=1, help="Judge only the first N examples (another track id).")] = None,
+    n: Annotated[
+        int | None, typer.Option(min=1, help="Judge only the first N examples (another track id, if it has more).")
+    ] = None,
     settings: Settings = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -279,6 +285,8 @@ def _print_spread(spread: TrainingSpread) -> None:
     seeds = ", ".join(map(str, spread.seeds))
     typer.echo(f"{spread.defense} on {spread.track_id}, n = {spread.n}, training seeds {seeds}")
     Console().print(table)
+    if spread.left_out:
+        typer.echo(f"Left out, because their records are not ok: training seeds {', '.join(map(str, spread.left_out))}")
 
 
 def _challenge_values(found: Challenged) -> dict[str, object]:

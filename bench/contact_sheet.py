@@ -47,13 +47,15 @@ def contact_sheet(track: Track, examples: Examples, pictures: Pictures, *, first
         first: the (first) example shown, counted from 0 in the track's order.
 
     Raises:
-        DataError: if there is no such example, or its images are neither grey nor RGB.
+        DataError: if there is no such example, its images are neither grey nor RGB, or the track has no corruptions.
     """
     if not 0 <= first < len(examples):
         raise DataError(f"{track.id} has the examples 0 to {len(examples) - 1}, not {first}.")
     if examples.images.shape[1] not in (1, 3):
         raise DataError(f"Images of {examples.images.shape[1]} channels cannot be shown.")
     suite = track.corruptions
+    if not suite.conditions:
+        raise DataError(f"{track.id} has no corruptions to show.")
     fixed = suite.severities == "fixed"
     rows = np.arange(first, min(first + _COLUMNS, len(examples))) if fixed else np.array([first])
     names = [examples.class_names[examples.labels[row]] for row in rows]
@@ -79,7 +81,7 @@ def contact_sheet(track: Track, examples: Examples, pictures: Pictures, *, first
 
 def _drawn(title: str, subtitle: str, heads: Sequence[str], rows: Sequence[_Row]) -> Image.Image:
     height, width = rows[0].images.shape[2:]
-    factor = max(round(_TILE / min(height, width)), 1)
+    factor = max(round(_TILE / max(height, width)), 1)
     tile = (width * factor, height * factor)
     top = _MARGIN + 2 * _TITLE + 3 * _GAP + _TEXT + _GAP
     size = (

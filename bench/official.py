@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from robustboard.attacks.keyed import content_hash
-from robustboard.bench.arrays import Images, one_line
+from robustboard.bench.arrays import UNREADABLE, Images, one_line
 from robustboard.bench.corrupted import Pictures, made
 from robustboard.bench.corruptions import SETS, CorruptionSet
 from robustboard.bench.protocol import Examples, Track
@@ -42,7 +42,8 @@ def corrupted_images(track: Track, examples: Examples, data_dirs: Sequence[Path]
         data_dirs: the folders to look in.
 
     Raises:
-        DataError: if the official files are nowhere, are damaged, or are not of the track's images.
+        DataError: if the official files are nowhere, one that the track needs is damaged, or they are not of the
+            track's images.
     """
     suite = SETS[track.corruptions.set]
     if suite.files is None:
@@ -55,6 +56,7 @@ def corrupted_images(track: Track, examples: Examples, data_dirs: Sequence[Path]
     folder = _find(suite, data_dirs)
     files = OfficialFiles(suite, folder)
     files.match(examples)
+    files.check(track.corruptions.names)
     return files
 
 
@@ -82,6 +84,7 @@ class OfficialFiles:
 
     suite: CorruptionSet
     folder: Path
+    _count: int = field(init=False)
     _places: npt.NDArray[np.int64] = field(init=False)
     _digest: Any = field(init=False, default_factory=hashlib.sha256)
 
@@ -91,7 +94,10 @@ class OfficialFiles:
         Raises:
             DataError: if an image is not there, or has another label there.
         """
-        if self.suite.name == "mnist-c":
+        by_content = self.suite.name == "mnist-c"
+        labels = self._labels("identity/test_labels.npy" if by_content else "labels.npy")
+        self._count = len(labels)
+        if by_content:
             clean = self._array("identity/test_images.npy").transpose(0, 3, 1, 2)
             places = {content_hash(image): place for place, image in enumerate(clean)}
             missing = [key for key in examples.hashes if key not in places]
@@ -101,18 +107,24 @@ class OfficialFiles:
                     "so these are not the corrupted images of this data set."
                 )
             self._places = np.array([places[key] for key in examples.hashes], dtype=np.int64)
-            labels = self._labels("identity/test_labels.npy")
         else:
             # There are no clean images to compare with: the data set's files are in the official order.
             self._places = examples.order
-            labels = self._labels("labels.npy")
         if self._places.max() >= len(labels) or (labels[self._places] != examples.labels).any():
             raise DataError(f"{self.folder}: the labels are not those of the judged images in their official order.")
 
+    def check(self, corruptions: Sequence[str]) -> None:
+        """Refuse files that cannot be read or do not fit, before any work.
+
+        Raises:
+            DataError: naming the first of them.
+        """
+        for corruption in corruptions:
+            self._array(self._name(corruption))
+
     def __call__(self, corruption: str, severity: int, rows: Rows) -> Images:
         """The corrupted images of `rows`, (len(rows), C, H, W) uint8."""
-        name = f"{corruption}.npy" if self.suite.name == "cifar10-c" else f"{corruption}/test_images.npy"
-        images = self._array(name)
+        images = self._array(self._name(corruption))
         each, block = len(images) // _BLOCKS[self.suite.name], severity - 1
         places = self._places[rows] + (each * block if self.suite.name == "cifar10-c" else 0)
         taken: Images = np.ascontiguousarray(images[places].transpose(0, 3, 1, 2))
@@ -127,14 +139,16 @@ class OfficialFiles:
             f"of reading: {self._digest.hexdigest()}."
         )
 
+    def _name(self, corruption: str) -> str:
+        return f"{corruption}.npy" if self.suite.name == "cifar10-c" else f"{corruption}/test_images.npy"
+
     def _array(self, name: str) -> npt.NDArray[np.uint8]:
         array = self._load(name)
         shape = _SHAPES[self.suite.name]
-        blocks = _BLOCKS[self.suite.name]
-        if array.dtype != np.uint8 or array.shape[1:] != shape or len(array) == 0 or len(array) % blocks:
+        if array.dtype != np.uint8 or array.shape != (self._count, *shape):
             raise DataError(
-                f"{self.folder / name} must hold uint8 images of shape (N, {', '.join(map(str, shape))}), N a multiple "
-                f"of {blocks}, not {array.dtype} {array.shape}."
+                f"{self.folder / name} must hold uint8 images of shape {(self._count, *shape)}, one for each label, "
+                f"not {array.dtype} {array.shape}."
             )
         return array
 
@@ -142,13 +156,21 @@ class OfficialFiles:
         labels = self._load(name)
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
             raise DataError(f"{self.folder / name} must hold one whole number an image.")
+        if len(labels) == 0 or len(labels) % (blocks := _BLOCKS[self.suite.name]):
+            raise DataError(f"{self.folder / name} must hold a multiple of {blocks} labels, not {len(labels)}.")
         return labels.astype(np.int64)
 
     def _load(self, name: str) -> npt.NDArray[Any]:
         try:
-            loaded: npt.NDArray[Any] = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
+            loaded = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
+            if not isinstance(loaded, np.ndarray):
+                loaded.close()
+                raise DataError(
+                    f"{self.folder / name} is an archive, not a single array; unpack the official one again."
+                )
         except FileNotFoundError as error:
             raise DataError(f"{self.folder} has no file {name}; unpack the official archive again.") from error
-        except (OSError, ValueError, EOFError) as error:
+        except UNREADABLE as error:
             raise DataError(f"{self.folder / name} cannot be read ({one_line(error)}); it is damaged.") from error
-        return loaded
+        found: npt.NDArray[Any] = loaded
+        return found

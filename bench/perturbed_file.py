@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import lzma
 import math
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from robustboard.attacks.threat import ThreatModel
-from robustboard.bench.arrays import as_floats, one_line
+from robustboard.bench.arrays import UNREADABLE, as_floats, one_line
 from robustboard.bench.protocol import Examples
 from robustboard.bench.verdicts import Flags, Rows
 from robustboard.errors import ChallengeError
@@ -35,17 +33,6 @@ _MEMBERS: Final = ("images", "index", "example")
 _MOST_MEMBERS: Final = 64
 _SLACK: Final = 1 << 20
 _CHUNK: Final = 256
-_UNREADABLE: Final = (
-    OSError,
-    ValueError,
-    EOFError,
-    RuntimeError,  # an encrypted archive
-    NotImplementedError,  # a compression that Python does not know
-    SyntaxError,  # a header that does not parse
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +78,7 @@ def read_perturbed(path: Path, examples: Examples, threat: ThreatModel) -> Pertu
     content = _content(path, _largest(examples))
     try:
         arrays = _arrays(path, content, _largest(examples))
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ChallengeError(
             f"{path} cannot be read as an npz archive of plain arrays ({one_line(error)}); it is damaged, truncated or "
             "of another kind."
@@ -126,13 +113,12 @@ def _arrays(path: Path, content: bytes, largest: int) -> dict[str, npt.NDArray[A
     arrays = {}
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = archive.infolist()
-        names = [member.filename for member in members]
+        names = [member.filename.removesuffix(".npy") for member in members]
         if len(members) > _MOST_MEMBERS or len(set(names)) < len(names):
             raise ChallengeError(
                 f"{path} has {len(members)} members, some perhaps of one name; give images and index, each once."
             )
-        for member in members:
-            name = member.filename.removesuffix(".npy")
+        for member, name in zip(members, names, strict=True):
             if name not in _MEMBERS:
                 continue
             if member.file_size > largest:

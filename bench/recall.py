@@ -24,7 +24,7 @@ from robustboard.bench.process import WorkerProcess
 from robustboard.bench.protocol import Examples, Track, load_track, resolve, select, track_from
 from robustboard.defenses.adapter import Progress
 from robustboard.errors import DefenseError, ModelError, RecordError, TrackError
-from robustboard.leaderboard.record import RECORD_FILE, Record, load
+from robustboard.leaderboard.record import RECORD_FILE, Record, broke_most, load
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,29 @@ def locate(path: Path) -> Located:
         raise RecordError(
             f"There is no record in {path}; give a run directory, or a folder that holds {RECORD_FILE} and its table."
         )
-    folder, record = path / "record", load(path / "record")
-    others = [found.parent for found in sorted(path.glob(f"*/{RECORD_FILE}")) if found.parent != folder]
-    lowered = {challenged.challenges[-1].replaces: where for where in others if (challenged := load(where)).challenges}
-    while (following := lowered.pop(record.outcomes_sha256 or "", None)) is not None:
-        folder, record = following, load(following)
-    return Located(record, folder, path)
+    return last(Located(load(path / "record"), path / "record", path))
+
+
+def last(located: Located) -> Located:
+    """The record that challenges put in the place of one in a run directory, or that one itself.
+
+    Where several follow from it, because it was challenged side by side, the one in force counts; see `in_force`.
+
+    Raises:
+        RecordError: if a record of the run directory is malformed.
+    """
+    if located.run is None:
+        return located
+    folders = [path.parent for path in sorted(located.run.glob(f"*/{RECORD_FILE}"))]
+    following = [Located(load(folder), folder, located.run) for folder in folders]
+    following = [one for one in following if _follows(one.record, located.record)]
+    return min(following, key=lambda one: broke_most(one.record), default=located)
+
+
+def _follows(record: Record, earlier: Record) -> bool:
+    """Whether challenges led from the one to the other."""
+    same = (record.track.hash, record.checkpoint_sha256) == (earlier.track.hash, earlier.checkpoint_sha256)
+    return same and any(challenge.replaces == earlier.outcomes_sha256 for challenge in record.challenges)
 
 
 def recall_examples(

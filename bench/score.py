@@ -9,7 +9,6 @@ that, last and whole, so a run directory with a record is a finished run.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -39,8 +38,8 @@ from robustboard.bench.session import LocalSession
 from robustboard.bench.surrogates import Surrogate, Surrogates, surrogates_of
 from robustboard.defenses.adapter import NoProgress, Progress
 from robustboard.errors import DataError, GateError, OutputError
-from robustboard.files import replace_file
-from robustboard.leaderboard.record import DefenseInfo, Record, save
+from robustboard.files import replace_file, require_writable
+from robustboard.leaderboard.record import RECORD_FILE, DefenseInfo, Record, save
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
     run = entrant.key if request.engine == "cascade" else f"{entrant.key}-{request.engine}"
     run = f"{run}-complete-{request.complete}" if request.complete else run
     folder = request.run_dir or request.runs / track.id / entrant.info.name / run
-    _require_writable(folder)
+    require_writable(folder, f"The run directory {folder}")
     threads = request.threads or cores()
     watched.begin("the model's process", 1)
     with WorkerProcess(
@@ -258,7 +257,14 @@ def _common_folder(request: Request, track: Track, folder: Path) -> Path:
 
 
 def _store(folder: Path, weights: bytes | None, found: Evaluation, study: SeedStudy | None, examples: Examples) -> None:
-    """Write everything of a run but its record."""
+    """Write everything of a run but its record; an earlier one goes first, since it is not about these files."""
+    try:
+        # Without this file the folder is no record, wherever its removal is interrupted.
+        (folder / "record" / RECORD_FILE).unlink(missing_ok=True)
+        (folder / "seed-breaks.npz").unlink(missing_ok=True)
+        shutil.rmtree(folder / "record", ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"The earlier record in {folder} cannot be removed: {error.strerror or error}.") from error
     if weights is not None:
         replace_file(folder / "model.safetensors", lambda file: file.write(weights))
     _pack(folder / "adversarial.npz", found.adversarial, examples)
@@ -271,13 +277,6 @@ def _pack(path: Path, images: Mapping[int, Floats], examples: Examples) -> None:
     rows = sorted(images)
     stacked = np.array([images[row] for row in rows], dtype=np.float32)
     write_perturbed(path, rows, stacked.reshape(len(rows), *examples.images.shape[1:]), examples.hashes)
-
-
-def _require_writable(folder: Path) -> None:
-    """Refuse a place that cannot be written before any long work; nothing is made there yet."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise OutputError(f"The run directory {folder} cannot be made: {existing} is not a folder that can be written.")
 
 
 def _slug(title: str) -> str:

@@ -27,7 +27,10 @@ def run_training_seeds(request: Request, seeds: Sequence[int], progress: Progres
         RobustBoardError: one sentence, with the exit code of its class.
     """
     records = [_finished(one) or score_defense(one, progress).record for one in _requests(request, seeds)]
-    (spread,) = training_spreads(records)
+    spreads = training_spreads(records)
+    if not spreads:
+        raise DefenseError(f"No training of {request.defense} has a record that is ok, so there is no spread to tell.")
+    (spread,) = spreads
     return spread
 
 

@@ -27,7 +27,7 @@ class AttackSpread(_Addendum):
     Attributes:
         n: how many examples the subset has, drawn by content hash from all that were judged.
         seeds: what is added to the protocol's attack seeds, 0 first.
-        values: the robust accuracy on the subset, by seed.
+        values: the robust accuracy on the subset, by seed; breaks by complete verification alone do not count.
         min, max, sd: of the values; the standard deviation is that of a sample.
         would_break: how many undecided examples at least one other seed broke.
     """

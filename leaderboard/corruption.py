@@ -38,7 +38,7 @@ class RelativeDrop(NamedTuple):
 
 
 def relative_drop(outcomes: pd.DataFrame, *, confidence: float = 0.95) -> RelativeDrop | None:
-    """1 - (mean accuracy under the table's corruptions) / (clean accuracy); None where either is not there.
+    """1 - (mean accuracy under the table's corruptions) / (clean accuracy); None where either is not there or n < 2.
 
     Both means are over the same examples, so the interval is that of a ratio of paired means: the variance of its
     linearised residuals over the examples (the delta method; Cochran, "Sampling Techniques", section 2.11).
@@ -48,12 +48,12 @@ def relative_drop(outcomes: pd.DataFrame, *, confidence: float = 0.95) -> Relati
     """
     columns = [column for columns in corruption_columns(outcomes).values() for column in columns]
     clean = outcomes["clean"].to_numpy(float)
-    if not columns or clean.sum() == 0:
+    if not columns or clean.sum() == 0 or len(clean) < 2:
         return None
     shares = outcomes[columns].to_numpy(bool).mean(axis=1)
     ratio = float(shares.mean() / clean.mean())
     residuals = (shares - ratio * clean) / clean.mean()
-    error = float(residuals.std(ddof=1) / np.sqrt(len(clean))) if len(clean) > 1 else np.inf
+    error = float(residuals.std(ddof=1) / np.sqrt(len(clean)))
     half = float(ndtri(0.5 + confidence / 2)) * error
     return RelativeDrop(1 - ratio, len(clean), 1 - ratio - half, min(1 - ratio + half, 1.0))
 

@@ -35,6 +35,8 @@ _ALL_ATTACKS: Final = (*_PROTOCOL_ATTACKS, CHALLENGE)
 _CONDITION: Final = r"(?!(?:robust|standard-15|rift-18)/)([a-z0-9][a-z0-9_-]{0,39})/([1-9][0-9]?)"
 _CORRUPTION: Final = re.compile(f"corruption/{_CONDITION}")
 _ROBUST_CORRUPTION: Final = re.compile(f"robust_corruption/{_CONDITION}")
+_MOST_ROWS: Final = 200_000
+_MOST_COLUMNS: Final = 2_000
 _HASH: Final = re.compile(r"[0-9a-f]{16,64}")
 _METHOD: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,39}")
 _FIXED: Final[dict[str, str]] = {
@@ -160,19 +162,33 @@ def from_parquet(content: bytes, *, name: str = "The outcome table") -> pd.DataF
     """Read what `to_parquet` wrote, with the schema's dtypes; `name` is what the errors call it.
 
     Raises:
-        RecordError: if the bytes are not Parquet.
+        RecordError: if the bytes are not Parquet, are of more rows or columns than any track has, or hold values that
+            the schema's dtypes cannot.
     """
     try:
-        table: pd.DataFrame = pq.read_table(io.BytesIO(content)).to_pandas()
-    except (pa.ArrowException, OSError, ValueError) as error:
+        file = pq.ParquetFile(io.BytesIO(content))
+        _check_size(file.metadata, name)
+        # The file's own account of pandas dtypes and index columns is a stranger's word; the schema's dtypes count.
+        table: pd.DataFrame = file.read().to_pandas(ignore_metadata=True)
+        for column in table.columns:
+            kind = _kind(str(column))
+            if kind == "nullable boolean":
+                table[column] = table[column].astype("boolean")
+            elif kind.endswith("text"):
+                table[column] = table[column].astype("string")
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         raise RecordError(f"{name} cannot be read as Parquet, so it is damaged or something else.") from error
-    for column in table.columns:
-        kind = _kind(str(column))
-        if kind == "nullable boolean":
-            table[column] = table[column].astype("boolean")
-        elif kind.endswith("text"):
-            table[column] = table[column].astype("string")
     return table
+
+
+def _check_size(promised: pq.FileMetaData, name: str) -> None:
+    """Refuse before reading: a few kilobytes of Parquet can hold millions of equal rows."""
+    rows = max(promised.num_rows, sum(promised.row_group(place).num_rows for place in range(promised.num_row_groups)))
+    if rows > _MOST_ROWS or promised.num_columns > _MOST_COLUMNS:
+        raise RecordError(
+            f"{name} has {rows} rows and {promised.num_columns} columns; no track needs more than {_MOST_ROWS} and "
+            f"{_MOST_COLUMNS}."
+        )
 
 
 def _check_columns(outcomes: pd.DataFrame) -> None:

@@ -47,6 +47,7 @@ __all__ = [
     "StageCost",
     "TrackRef",
     "attach",
+    "broke_most",
     "check_outcomes",
     "derive_metrics",
     "in_force",
@@ -139,18 +140,34 @@ def load_all(root: Path, *, ignore: Container[str] = ()) -> list[Record]:
 
 
 def in_force(records: Iterable[Record]) -> list[Record]:
-    """`records` without those that a challenge among them has replaced, in the same order."""
+    """`records` without those that a challenge among them has replaced, in the same order.
+
+    Where challenges were entered side by side, several records follow from one table; of these the one that broke most
+    stands, and of several that broke as many, the one whose table has the smallest hash.
+    """
     found = list(records)
     replaced = {
         (record.track.hash, record.checkpoint_sha256, challenge.replaces)
         for record in found
         for challenge in record.challenges
     }
-    return [
-        record
-        for record in found
-        if (record.track.hash, record.checkpoint_sha256, record.outcomes_sha256) not in replaced
-    ]
+    lowest: dict[tuple[str, str, str], Record] = {}
+    standing = []
+    for record in found:
+        origin = (record.track.hash, record.checkpoint_sha256)
+        if (*origin, record.outcomes_sha256) in replaced:
+            continue
+        standing.append(record)
+        if record.challenges:
+            key = (*origin, record.challenges[0].replaces)
+            lowest[key] = min(lowest.get(key, record), record, key=broke_most)
+    kept = {id(record) for record in lowest.values()}
+    return [record for record in standing if not record.challenges or id(record) in kept]
+
+
+def broke_most(record: Record) -> tuple[float, str]:
+    """What orders records that follow from one table: the one that broke most comes first."""
+    return (record.metrics["robust"].value, record.outcomes_sha256 or "")
 
 
 def sort_key(record: Record) -> tuple[str, ...]:

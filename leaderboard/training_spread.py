@@ -39,6 +39,7 @@ class TrainingSpread:
     Attributes:
         n: how many examples each was judged on.
         seeds: the training seeds, ascending.
+        left_out: seeds whose records are not `ok`, so that their numbers mean nothing.
         metrics: by name, those of `METRICS`.
     """
 
@@ -48,27 +49,34 @@ class TrainingSpread:
     n: int
     seeds: tuple[int, ...]
     metrics: dict[str, SeedValues]
+    left_out: tuple[int, ...] = ()
 
 
 def training_spreads(records: Iterable[Record]) -> list[TrainingSpread]:
     """The spread of every group of records that differ in their training seed alone, one or more seeds each.
 
-    Records without a training seed (submissions) belong to no group. Where a seed is there more than once, such as
-    before and after a challenge, the lowest robust accuracy counts.
+    Records without a training seed (submissions) belong to no group, and those that are not `ok` are left out of
+    theirs. Where a seed is there more than once, such as before and after a challenge, the lowest robust accuracy
+    counts.
     """
     groups: dict[tuple[str, ...], dict[int, Record]] = {}
+    doubtful: dict[tuple[str, ...], set[int]] = {}
     for record in sorted(records, key=sort_key):
         if "training" not in record.seeds:
             continue
-        key = (record.track.id, record.track.hash, record.defense.name, repr(sorted(record.hyper.items())))
-        by_seed = groups.setdefault(key, {})
+        settings = (repr(sorted(values.items())) for values in (record.hyper, record.effort))
+        key = (record.track.id, record.track.hash, record.defense.name, *settings)
         seed = record.seeds["training"]
+        if record.status != "ok":
+            doubtful.setdefault(key, set()).add(seed)
+            continue
+        by_seed = groups.setdefault(key, {})
         if seed not in by_seed or record.metrics["robust"].value < by_seed[seed].metrics["robust"].value:
             by_seed[seed] = record
-    return [_spread(by_seed) for _, by_seed in sorted(groups.items())]
+    return [_spread(groups[key], doubtful.get(key, set())) for key in sorted(groups)]
 
 
-def _spread(by_seed: dict[int, Record]) -> TrainingSpread:
+def _spread(by_seed: dict[int, Record], doubtful: set[int]) -> TrainingSpread:
     seeds = tuple(sorted(by_seed))
     one = by_seed[seeds[0]]
     return TrainingSpread(
@@ -78,6 +86,7 @@ def _spread(by_seed: dict[int, Record]) -> TrainingSpread:
         one.n,
         seeds,
         {name: _values([by_seed[seed].metrics[name].value for seed in seeds]) for name in METRICS},
+        tuple(sorted(doubtful - by_seed.keys())),
     )
 
 

@@ -43,6 +43,21 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def require_writable(folder: Path, name: str) -> None:
+    """Refuse a place that cannot be written before any long work; nothing is made there yet.
+
+    Args:
+        folder: where files are to go.
+        name: what the error calls it.
+
+    Raises:
+        OutputError: if the folder, or the nearest one above it that exists, is none that can be written.
+    """
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise OutputError(f"{name} cannot be made: {existing} is not a folder that can be written.")
+
+
 def write_text(path: Path, text: str) -> None:
     """Make or replace `path` with `text` in UTF-8; see `replace_file`.
 

@@ -174,6 +174,15 @@ def test_text_reads_as_the_field_writes_it(eps: str, text: str) -> None:
         ("linf", "0", "positive"),
         ("l2", "-1/2", "positive"),
         ("linf", "8", "too large"),
+        ("l2", "1e400", "fraction such as"),
+        ("l2", "1e40", "too large"),
+        ("l2", 10**40, "too large"),
+        ("l2", "1e-400", "fraction such as"),
+        ("l2", "1e-60", "too small"),
+        ("linf", "1e999999999", "fraction such as"),
+        ("linf", "1/1e-999999999", "fraction such as"),
+        ("linf", "0." + "1" * 1000, "not a text of 1002 characters"),
+        pytest.param("linf", 10**5000, "so many digits", id="too long for Python to print"),
     ],
 )
 def test_a_bad_threat_is_refused_with_a_sentence(norm: object, eps: object, says: str) -> None:

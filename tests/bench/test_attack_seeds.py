@@ -37,7 +37,15 @@ def task():
 
 def table(verdicts: list[str]) -> pd.DataFrame:
     found = pd.Series(verdicts)
-    return pd.DataFrame({"verdict": found, "clean": found != "misclassified", "certified": found == "certified"})
+    by = found.map({"broken": "pgd", "by complete": "complete"})
+    return pd.DataFrame(
+        {
+            "verdict": found.replace("by complete", "broken"),
+            "clean": found != "misclassified",
+            "certified": found == "certified",
+            "broken_by": by.astype("string"),
+        }
+    )
 
 
 def scripted(breaks):
@@ -79,6 +87,18 @@ def test_other_seeds_are_counted_on_one_subset(task, monkeypatch):
     assert spread.would_break == len(study.breaks) > 0
     assert (spread.min, spread.max) == (len(one) / SUBSET, len(undecided) / SUBSET)
     assert spread.sd == pytest.approx(np.std([len(undecided), len(one), len(two)], ddof=1) / SUBSET)
+
+
+def test_what_complete_verification_alone_broke_says_nothing_of_the_seeds(task, monkeypatch):
+    """No seed of the attacks breaks it, so the values do not differ; where one does, nothing new is broken."""
+    monkeypatch.setattr(attack_seeds, "SUBSET", 130)
+    verdicts = ["undecided"] * 90 + ["by complete"] * 40
+    for breaks, values in ((lambda *_: False, (1.0, 1.0)), (lambda _, row: row >= 117, (1.0, 0.9))):
+        monkeypatch.setattr(attack_seeds, "attack", scripted(breaks)[0])
+        study = study_attack_seeds(_NoSession(), *task, table(verdicts), seeds=1)
+        assert study is not None
+        assert study.spread.model_dump()["values"] == pytest.approx(values)
+        assert (study.spread.would_break, study.breaks) == (0, {})
 
 
 def test_the_first_seed_that_breaks_an_example_gives_its_image(task, monkeypatch):

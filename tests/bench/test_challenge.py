@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from robustboard.bench.process import WorkerProcess
 from robustboard.bench.recall import bring_back, locate, recall_entrant, recall_examples
 from robustboard.bench.score import Request as Score
 from robustboard.bench.score import score_defense
-from robustboard.errors import ChallengeError, DefenseError, GateError, ModelError, RecordError, TrackError
+from robustboard.errors import ChallengeError, DefenseError, GateError, ModelError, OutputError, RecordError, TrackError
 from robustboard.leaderboard.outcomes import check_outcomes
 from robustboard.leaderboard.ranking import boards
 from robustboard.leaderboard.record import Record, derive_metrics, load, save
@@ -113,7 +114,7 @@ def test_images_that_hold_lower_the_record_and_leave_the_old_one(run):
     found = run_challenge(Request(run, run / "adversarial.npz"))
     assert (found.lowered, found.held, found.misclassified) == (3, len(broken(run)) + 3, 0)
     assert found.after is not None
-    assert found.folder == run / f"challenged-{found.file_sha256[:12]}"
+    assert found.folder == run / f"challenged-{found.file_sha256[:12]}-{before.outcomes_sha256[:12]}"
     assert {path: path.read_bytes() for path in (run / "record").iterdir()} == old
 
     after = load(found.folder)
@@ -141,7 +142,8 @@ def test_a_lowered_record_is_the_runs_record_from_then_on(run):
         place = stored.rows == row
         path = run / f"{row}.npz"
         write_perturbed(path, stored.rows[place], stored.images[place], recalled.examples.hashes)
-        found = run_challenge(Request(run, path))
+        # The record's own folder is named each time, and yet the second break adds to the first.
+        found = run_challenge(Request(run / "record", path))
         assert found.lowered == 1
         assert found.folder is not None
         images = read_perturbed(found.folder / "adversarial.npz", recalled.examples, recalled.track.threat)
@@ -150,6 +152,52 @@ def test_a_lowered_record_is_the_runs_record_from_then_on(run):
     assert locate(run).folder == found.folder
     again = run_challenge(Request(run, run / "adversarial.npz"))
     assert (again.lowered, again.after) == (0, None)
+
+
+def test_one_file_lowers_records_that_share_a_parent_each_in_a_folder_of_its_own(run, tmp_path, monkeypatch):
+    """Outside run directories lowered records lie side by side; the second must not replace the first's."""
+    real, chosen, found = bring_back, broken(run)[:2], []
+    # A record alone has no weights; the model is brought back from the run that it was copied from.
+    monkeypatch.setattr(
+        challenges, "bring_back", lambda worker, located, *rest: real(worker, replace(located, run=run), *rest)
+    )
+    for place, count in enumerate((1, 2)):
+        folder = tmp_path / "records" / str(place)
+        forget(run, chosen[:count])
+        shutil.copytree(run / "record", folder)
+        found.append(run_challenge(Request(folder, run / "adversarial.npz")))
+    assert [one.lowered for one in found] == [1, 2]
+    assert len({one.folder for one in found}) == 2
+    for one in found:
+        assert load(one.folder) == one.after
+    with pytest.raises(OutputError, match="holds another record"):
+        run_challenge(Request(tmp_path / "records" / "1", run / "adversarial.npz", out=found[0].folder))
+    assert load(found[0].folder) == found[0].after
+
+
+def test_a_run_directory_is_no_place_for_a_lowered_record(run, tmp_path):
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    forget(run, broken(run)[:1])
+    (tmp_path / "training" / "checkpoints").mkdir(parents=True)
+    for out in (run, tmp_path / "training"):
+        with pytest.raises(OutputError, match="is a run directory; name a new one with --out"):
+            run_challenge(Request(run, run / "adversarial.npz", out=out))
+    assert (run / "adversarial.npz").read_bytes() == before[run / "adversarial.npz"]
+
+
+def test_scoring_again_takes_the_earlier_record_away_before_its_files_change(run, monkeypatch):
+    """A run that is killed in between has no record, in place of one that is about other weights and images."""
+    (run / "seed-breaks.npz").touch()
+
+    def killed(path, write):
+        raise KeyboardInterrupt(path)
+
+    monkeypatch.setattr(scoring, "replace_file", killed)
+    with pytest.raises(KeyboardInterrupt, match=r"model\.safetensors"):
+        scoring._store(run, b"other weights", None, None, None)
+    with pytest.raises(RecordError, match="There is no record in"):
+        locate(run)
+    assert not (run / "seed-breaks.npz").exists()
 
 
 def test_the_same_challenge_writes_the_same_bytes(run, tmp_path):

@@ -219,6 +219,20 @@ def test_the_sheet_shows_the_very_pixels_in_rows_of_corruptions_and_columns_of_s
     assert len({tuple(color) for color in pixels[:, :150].reshape(-1, 3)}) > 2, "labels on the left"
 
 
+def test_a_sheet_of_thin_images_stays_small():
+    images = np.random.default_rng(0).integers(0, 256, size=(4, 1, 8, 3000), dtype=np.uint8)
+    sheet, _ = _sheet(_track(), (images, np.arange(4)))
+    assert sheet.size[0] < 4 * 3000
+    assert sheet.size[1] < 1000
+
+
+def test_a_track_without_corruptions_has_no_sheet(data):
+    track = _track()
+    bare = track.model_copy(update={"corruptions": track.corruptions.model_copy(update={"names": ()})})
+    with pytest.raises(DataError, match="has no corruptions to show"):
+        _sheet(bare, data)
+
+
 def _place(pixels: np.ndarray, tile: np.ndarray) -> tuple[int, int]:
     """Where a grey tile stands, the lowest place if there are several."""
     height, width = tile.shape

@@ -200,6 +200,28 @@ def test_another_ending_is_refused_before_any_work():
     assert isinstance(result.exception, OutputError)
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(curves, "run_curve", None)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.svg").mkdir()
+    for out in (tmp_path / "file" / "curve.svg", tmp_path / "folder.svg"):
+        result = CliRunner().invoke(app, ["curve", "standard", "--track", "digits-linf@1", "--out", str(out)])
+        assert isinstance(result.exception, OutputError), result.exception
+        assert "cannot be made" in str(result.exception)
+
+
+def test_a_curve_that_cannot_be_written_after_all_is_printed(make_submission, quadrant_track, tmp_path, monkeypatch):
+    words = ["curve", str(make_submission()), "--track", str(quadrant_track), "--eps", "1/40", "--n", "2"]
+
+    def full(path, text):
+        raise OutputError(f"{path} cannot be written: No space left on device.")
+
+    monkeypatch.setattr("robustboard.files.write_text", full)
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "c.json"), "--threads", "1", "--json"])
+    assert isinstance(result.exception, OutputError)
+    assert [point["eps"] for point in json.loads(result.stdout)["points"]] == ["1/40"]
+
+
 @pytest.mark.slow
 def test_reused_verdicts_of_a_trained_defense_are_those_of_whole_runs(tmp_path):
     """The whole protocol on an adversarially trained network: minutes."""

@@ -133,22 +133,46 @@ def _small(folder: Path) -> None:
     np.save(folder / "fog.npy", np.load(folder / "fog.npy")[:, :8, :8])
 
 
+def _short(folder: Path) -> None:
+    """Ten images a severity in place of twelve: every block but the first would begin too early."""
+    np.save(folder / "fog.npy", np.load(folder / "fog.npy")[:50])
+
+
+def _archive(folder: Path) -> None:
+    with (folder / "fog.npy").open("wb") as file:
+        np.savez(file, images=np.zeros((60, 32, 32, 3), np.uint8))
+
+
+def _few_labels(folder: Path) -> None:
+    np.save(folder / "labels.npy", np.load(folder / "labels.npy")[:-1])
+
+
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
         (_no_labels, "has no file fog.npy; unpack the official archive again"),
         (_pickled, "fog.npy cannot be read"),
         (_truncated, "fog.npy cannot be read"),
-        (_floats, r"must hold uint8 images of shape \(N, 32, 32, 3\).*not float64"),
+        (_floats, r"must hold uint8 images of shape \(60, 32, 32, 3\).*not float64"),
         (_small, r"not uint8 \(60, 8, 8, 3\)"),
+        (_short, r"fog.npy must hold .* one for each label, not uint8 \(50, 32, 32, 3\)"),
+        (_archive, "fog.npy is an archive, not a single array"),
+        (_few_labels, "must hold a multiple of 5 labels, not 59"),
     ],
 )
-def test_a_damaged_file_is_one_sentence(tmp_path, spoil, says):
+def test_a_damaged_file_is_one_sentence_before_any_work(tmp_path, spoil, says):
     dataset = _dataset("cifar10")
     spoil(_cifar_folder(tmp_path, dataset))
-    pictures, _ = _pictures("cifar10-c", dataset, tmp_path)
     with pytest.raises(DataError, match=says):
-        pictures("fog", 1, np.array([0]))
+        _pictures("cifar10-c", dataset, tmp_path)
+
+
+def test_a_short_file_of_digits_is_one_sentence_before_any_work(tmp_path):
+    dataset = _dataset("mnist")
+    images = _mnist_folder(tmp_path, dataset) / "brightness" / "test_images.npy"
+    np.save(images, np.load(images)[:-1])
+    with pytest.raises(DataError, match=r"brightness/test_images.npy must hold .*not uint8 \(11, 28, 28, 1\)"):
+        _pictures("mnist-c", dataset, tmp_path)
 
 
 def test_files_of_other_images_are_refused(tmp_path):

@@ -15,10 +15,10 @@ import torch
 
 from robustboard.attacks.keyed import content_hash
 from robustboard.attacks.threat import ThreatModel
-from robustboard.bench.arrays import as_floats
+from robustboard.bench.arrays import as_floats, load_members
 from robustboard.bench.perturbed_file import read_perturbed, write_perturbed
 from robustboard.bench.protocol import Examples
-from robustboard.errors import ChallengeError
+from robustboard.errors import ChallengeError, DataError
 
 N = 6
 THREAT = ThreatModel("linf", Fraction(1, 10))
@@ -160,10 +160,14 @@ def plain(array: np.ndarray) -> bytes:
     return sink.getvalue()
 
 
+def headed(text: str) -> bytes:
+    """An array's header, and no array."""
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
 def promising(shape: str) -> bytes:
     """The header of an array that is not there."""
-    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+    return headed(f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n")
 
 
 INDEX = {"index.npy": plain(ROWS)}
@@ -188,6 +192,10 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     ),
     "no header": (packed({"images.npy": b"\0" * 64, **INDEX}), "cannot be read as an npz archive"),
     "many members": (packed({f"{place}.npy": b"" for place in range(100)} | INDEX), "has 101 members"),
+    "one name twice": (
+        packed({"images.npy": plain(good()["images"]), "images": plain(good()["images"] + 1), **INDEX}),
+        "perhaps of one name",
+    ),
     "climbing names": (packed({"../../images.npy": plain(good()["images"]), **INDEX}), "has no array 'images'"),
 }
 
@@ -201,6 +209,31 @@ def test_damaged_archives_are_refused_in_one_sentence(tmp_path, monkeypatch, cas
         read_perturbed(tmp_path / "a.npz", EXAMPLES, THREAT)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "unpickled").exists()
+
+
+HEADERS = {
+    "dtype of nothing": "{'descr': (), 'fortran_order': False, 'shape': (1,), }",
+    "dtype cut short": "{'descr': ('<f4',), 'fortran_order': False, 'shape': (1,), }",
+    "keys of two kinds": "{1: 0, 'a': 0}",
+    "a list for a key": "{[]: 1}",
+    "true for a length": "{'descr': '<f4', 'fortran_order': False, 'shape': (True,), }",
+    "deeply nested": "-" * 9000 + "1",
+    "beyond all integers": f"{{'descr': '<f4', 'fortran_order': False, 'shape': (0, {10**30}), }}",
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_hostile_headers_are_one_sentence_in_challenges_and_in_data(tmp_path, case):
+    array = headed(HEADERS[case] + "\n") + b"\0" * 4
+    path = tmp_path / "a.npz"
+    path.write_bytes(packed({"images.npy": array, **INDEX}))
+    for refused in (
+        lambda: read_perturbed(path, EXAMPLES, THREAT),
+        lambda: load_members(path, ("images",)),
+    ):
+        with pytest.raises((ChallengeError, DataError)) as caught:
+            refused()
+        assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_one_sentence(tmp_path):

@@ -47,6 +47,10 @@ def test_the_drop_of_a_model_that_is_always_wrong_is_not_defined() -> None:
     assert relative_drop(pd.DataFrame({"clean": [True]})) is None
 
 
+def test_one_example_has_no_drop_since_it_has_no_interval() -> None:
+    assert relative_drop(pd.DataFrame({"clean": [True], "corruption/fog/1": [True]})) is None
+
+
 def test_the_interval_of_the_drop_agrees_with_a_bootstrap(make_table: Table) -> None:
     frame = make_table(n=400, seed=5)
     columns = [column for column in frame if column.startswith("corruption/")]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from robustboard.errors import RecordError
@@ -231,3 +235,59 @@ def test_complete_verification_ran_on_all_that_stayed_open(make_table: Table) ->
     frame.loc[first(frame, "undecided"), "complete"] = pd.NA
     with pytest.raises(RecordError, match="undecided although complete ran on others"):
         check_outcomes(frame)
+
+
+def _column(name: str, values: Callable[[int], list[object]]) -> Callable[[pa.Table], pa.Table]:
+    return lambda t: t.set_column(t.column_names.index(name), name, pa.array(values(t.num_rows)))
+
+
+def _pandas(metadata: dict[str, object]) -> Callable[[pa.Table], pa.Table]:
+    return lambda t: t.replace_schema_metadata({b"pandas": json.dumps(metadata).encode()})
+
+
+def _index_of(index: object) -> dict[str, object]:
+    return {"index_columns": [index], "columns": [], "column_indexes": []}
+
+
+LABEL = {"name": "label", "field_name": "label", "pandas_type": "x", "numpy_type": "y", "metadata": None}
+MALFORMED: dict[str, Callable[[pa.Table], pa.Table]] = {
+    "text for an attack": _column("pgd", lambda n: ["x"] * n),
+    "numbers for an attack": _column("pgd", lambda n: [5] * n),
+    "lists for an attack": _column("pgd", lambda n: [[1]] * n),
+    "bytes for text": _column("example", lambda n: [b"\xff\xfe"] * n),
+}
+FOREIGN_METADATA: dict[str, dict[str, object]] = {
+    "nothing": {},
+    "an index column": _index_of("label"),
+    "a range of no steps": _index_of({"kind": "range", "name": None, "start": 0, "stop": 5, "step": 0}),
+    "no dtype": {"index_columns": [], "columns": [LABEL], "column_indexes": []},
+}
+
+
+def _rewritten(frame: pd.DataFrame, change: Callable[[pa.Table], pa.Table]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(change(pq.read_table(io.BytesIO(to_parquet(frame)))), sink)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_columns_of_another_kind_are_one_sentence(case: str, make_table: Table) -> None:
+    with pytest.raises(RecordError, match=r"^a cannot be read as Parquet"):
+        from_parquet(_rewritten(make_table(), MALFORMED[case]), name="a")
+
+
+@pytest.mark.parametrize("case", FOREIGN_METADATA)
+def test_the_metadata_of_pandas_in_a_file_is_not_taken_at_its_word(case: str, make_table: Table) -> None:
+    frame = make_table()
+    found = from_parquet(_rewritten(frame, _pandas(FOREIGN_METADATA[case])))
+    pd.testing.assert_frame_equal(found, from_parquet(to_parquet(frame)))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(200_001, 1), (1, 2_001)])
+def test_a_table_larger_than_any_track_is_refused_unread(rows: int, columns: int) -> None:
+    """Equal rows take next to no room in the file."""
+    sink = io.BytesIO()
+    same = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array(["a" * 60]))
+    pq.write_table(pa.table({str(place): same for place in range(columns)}), sink, compression="zstd")
+    with pytest.raises(RecordError, match=f"has {rows} rows and {columns} columns; no track needs more"):
+        from_parquet(sink.getvalue())

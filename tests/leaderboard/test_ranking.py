@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 from robustboard.leaderboard.ranking import boards, compare
-from robustboard.leaderboard.record import Record
+from robustboard.leaderboard.record import Record, in_force
 
 Build = Callable[..., Record]
 
@@ -67,3 +67,18 @@ def test_a_lowered_record_takes_the_place_of_the_one_that_was_challenged(scored:
     assert [entry.record for entry in board.entries] == [other, after]
     (alone,) = boards([before, other])
     assert {entry.record.defense.name for entry in alone.entries} == {"one", "two"}
+
+
+def test_of_records_that_were_lowered_side_by_side_the_one_that_broke_most_stands(scored: Build) -> None:
+    """One of them was challenged again and is still the lesser; each alone would be listed."""
+
+    def challenged(before: Record, hold: float) -> Record:
+        entered = {"file_sha256": "ab" * 32, "given": 9, "held": 9, "lowered": 9, "replaces": before.outcomes_sha256}
+        return scored("one", {"hold": hold}, challenges=[*before.challenges, entered])
+
+    base = scored("one")
+    left, right = challenged(base, 0.65), challenged(base, 0.5)
+    again = challenged(left, 0.6)
+    for records in ([base, left, right, again], [again, right, left, base]):
+        assert in_force(records) == [right]
+    assert in_force([base, left, again]) == [again]
