@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustboard.attacks import global_draws
 from robustboard.attacks.guards import NO_GRADIENT, require_eval, require_finite, require_shape
 from robustboard.attacks.threat import ThreatModel
 from robustboard.errors import ModelError, TrackError
@@ -224,7 +225,7 @@ def _isolated(model: nn.Module) -> Iterator[None]:
     """
     thawed = [parameter for parameter in model.parameters() if parameter.requires_grad]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with global_draws.preserved(devices), torch.no_grad():
         try:
             for parameter in thawed:
                 parameter.requires_grad_(False)

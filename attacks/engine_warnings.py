@@ -48,7 +48,7 @@ def read_warnings(stage: str, sentences: Iterable[str]) -> list[EngineWarning]:
     """
     found = []
     for sentence in sentences:
-        said = re.fullmatch(r"(.*?)(?: \(Said (\d+) times, here the first\.\))?", sentence, flags=re.DOTALL)
+        said = re.fullmatch(r"(.*?)(?: \(Said (\d{1,9}) times, here the first\.\))?", sentence, flags=re.DOTALL)
         message, times = (said[1], int(said[2] or 1)) if said else (sentence, 1)
         check: Check = next((kind for sign, kind in _SIGNS if sign in message.lower()), "other")
         found.append(EngineWarning(stage, check, message, times))

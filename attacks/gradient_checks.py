@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robustboard.attacks import keyed
+from robustboard.attacks.guards import require_finite
 from robustboard.attacks.losses import Loss, cross_entropy, margin_loss
 
 _STEP = 1e-3
@@ -107,12 +108,19 @@ class LogitScale:
 
 
 def logit_scale(model: nn.Module, images: Tensor) -> LogitScale:
-    """The size of a model's logits on `images` (N, C, H, W), and how often its softmax rounds to certainty."""
+    """The size of a model's logits on `images` (N, C, H, W), and how often its softmax rounds to certainty.
+
+    Raises:
+        ModelError: if a logit is not finite.
+    """
     with torch.no_grad():
         logits = model(images)
+    require_finite(logits, "logits")
     top = logits.topk(2, dim=1).values
     certain = logits.softmax(dim=1).amax(dim=1) == 1
-    return LogitScale(float(logits.abs().amax(dim=1).mean()), float((top[:, 0] - top[:, 1]).median()), _share(certain))
+    largest, gap = logits.abs().amax(dim=1).mean(), (top[:, 0] - top[:, 1]).median()
+    # Of finite logits near float32's end a sum or difference is not.
+    return LogitScale(float(largest.nan_to_num()), float(gap.nan_to_num()), _share(certain))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from robustboard.attacks import keyed
@@ -29,6 +30,8 @@ _CONTRACT = ("randomness", "batch-dependence", "autograd-mode", "missing-gradien
 _GRADIENT_ATTACKS = ("pgd", "apgd_ce", "apgd_t", "fab_t")
 _FAR = 0.5
 """A departure of slopes from which on they differ."""
+_FARTHEST = 2.0
+"""The largest departure, of slopes that are opposite."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,12 @@ def _contract(examiner: Examiner) -> dict[str, Evidence]:
     }
 
 
+def _departures(found: Reply, name: str, n: int) -> npt.NDArray[np.float64]:
+    """Departures of slopes, (N,); one that is no number is as large as can be."""
+    told = found.array(name, np.floating, (n,)).astype(np.float64)
+    return np.clip(np.nan_to_num(told, nan=_FARTHEST), 0, _FARTHEST)
+
+
 @dataclass
 class _Run:
     examiner: Examiner
@@ -129,22 +138,26 @@ class _Run:
 
     def _autograd_mode(self) -> None:
         if not self._random():
-            change = float(self._measure("autograd mode", self.rows).values["change"])
+            change = self._measure("autograd mode", self.rows).number("change", least=0)
             before = float(self.examiner.behaviour["autograd_change"])
             self.evidence["autograd-mode"] = {"n": len(self.rows), "change": max(change, before)}
 
     def _gradients(self) -> None:
-        reply = self._measure("gradients", self.rows)
-        found, n = reply.values, len(self.rows)
-        steepest, random = (reply.arrays[name].astype(np.float64) for name in ("steepest", "random"))
+        found, n = self._measure("gradients", self.rows), len(self.rows)
+        steepest, random = (_departures(found, name, n) for name in ("steepest", "random"))
+
+        def share(name: str) -> int:
+            return round(n * found.number(name, least=0, most=1))
+
         contract = _contract(self.examiner)["missing-gradients"]
-        self.evidence["missing-gradients"] = {**contract, "not finite": round(n * float(found["not finite"]))}
+        self.evidence["missing-gradients"] = {**contract, "not finite": share("not finite")}
         differ = (steepest > _FAR) | (random > _FAR)
-        self.evidence["zero-gradients"] = {"n": n, "zero margin": round(n * float(found["zero margin"]))}
-        faces: Evidence = {"alive": int(found["faces alive"]), "dead": int(found["faces dead"])}
+        self.evidence["zero-gradients"] = {"n": n, "zero margin": share("zero margin")}
+        alive = found.count("faces alive", self.examiner.images[self.rows].size)
+        faces: Evidence = {"alive": alive, "dead": found.count("faces dead", alive)}
         self.evidence["pixels-at-the-faces"] = (
             faces
-            if faces["alive"]
+            if alive
             else BY_NAME["pixels-at-the-faces"].not_run("No pixel at exactly 0 or 1 has a gradient next to it.")
         )
         self.evidence["finite-differences"] = {
@@ -155,17 +168,23 @@ class _Run:
         }
         self.evidence["saturated-softmax"] = {
             "n": n,
-            "mean largest logit": float(found["mean largest logit"]),
-            "median gap": float(found["median gap"]),
-            "certain": round(n * float(found["certain"])),
-            "zero ce": round(n * float(found["zero ce"])),
+            "mean largest logit": found.number("mean largest logit", least=0),
+            "median gap": found.number("median gap", least=0),
+            "certain": share("certain"),
+            "zero ce": share("zero ce"),
         }
 
     def _losses(self) -> None:
-        found, n = self._measure("losses", self.rows).values, len(self.rows)
-        left = {name: int(found[name]) for name in ("ce", "margin", "dlr", RESCALED) if name in found}
+        found, n = self._measure("losses", self.rows), len(self.rows)
+        # With few classes there is no difference-of-logits ratio.
+        told = [name for name in ("ce", "margin", "dlr", RESCALED) if name in found.values or name in ("ce", "margin")]
+        left = {name: found.count(name, n) for name in told}
         self.evidence["loss-gap"] = {"n": n, **left}
-        self.evidence["single-step"] = {"n": n, "single step": int(found["single step"]), "many steps": left["margin"]}
+        self.evidence["single-step"] = {
+            "n": n,
+            "single step": found.count("single step", n),
+            "many steps": left["margin"],
+        }
 
     def _black_box(self) -> None:
         found = self._images("square", self.rows)
@@ -199,7 +218,7 @@ class _Run:
         }
 
     def _unbounded(self) -> None:
-        left = int(self._measure("unbounded", self.rows).values["survived"])
+        left = self._measure("unbounded", self.rows).count("survived", len(self.rows))
         self.evidence["unbounded"] = {"n": len(self.rows), "survived": left}
 
     def _more_work(self) -> None:
@@ -211,10 +230,10 @@ class _Run:
         self.evidence["more-work"] = {"n": len(self.rows), "undecided": len(undecided), "broken": broken}
 
     def _binarization(self) -> None:
-        found = self._measure("binarization", self.rows).values
-        tasks = int(found["built"])
+        found, n = self._measure("binarization", self.rows), len(self.rows)
+        tasks = found.count("built", n)
         self.evidence["binarization"] = (
-            {"n": len(self.rows), "tasks": tasks, "found": int(found["found"]), "random": int(found["random"])}
+            {"n": n, "tasks": tasks, "found": found.count("found", tasks), "random": found.count("random", tasks)}
             if tasks
             else BY_NAME["binarization"].not_run(
                 "No readout of the logits separates the ball's surface from its inside."
@@ -225,7 +244,7 @@ class _Run:
         return self.examiner.measure(_STAGE, name, rows)
 
     def _images(self, name: str, rows: Rows) -> Floats:
-        return self._measure(name, rows).arrays["adversarial"].astype(np.float32, copy=False)
+        return self.examiner.perturbed(self._measure(name, rows), rows)
 
     def _keys(self, rows: Rows) -> list[str]:
         return [self.examiner.examples.hashes[row] for row in rows]

@@ -108,7 +108,7 @@ class TrainedEntrant(Entrant):
         reply = worker.train(request, _arrays(self._data), progress)
         weights = to_safetensors(dict(reply.arrays))
         return Brought(
-            int(reply.values["parameters"]),
+            reply.count("parameters"),
             hashlib.sha256(weights).hexdigest(),
             weights,
             # A training's passes are not counted: its loop knows no single place through which they all go.
@@ -136,7 +136,7 @@ class SubmittedEntrant(Entrant):
         """Build the network and read its weights in the worker."""
         del folder, progress
         reply = worker.load(self._submission.manifest)
-        return Brought(int(reply.values["parameters"]), self._submission.weights_sha256)
+        return Brought(reply.count("parameters"), self._submission.weights_sha256)
 
 
 def find_entrant(

@@ -26,6 +26,7 @@ from robustboard.bench.protocol import Examples, Track
 from robustboard.bench.session import Session
 from robustboard.bench.verdicts import Flags, Rows
 from robustboard.defenses.adapter import Progress
+from robustboard.defenses.contract import GRADIENTS
 from robustboard.errors import GateError, ModelError, WorkerError
 
 Floats = npt.NDArray[np.float32]
@@ -35,6 +36,9 @@ REFERENCE_FORWARDS = {"apgd_ce": 103, "apgd_t": 920, "fab_t": 1829, "square": 50
 
 # Enough to see randomness, NaN or a wrong shape, cheap on any network.
 _CHECKED_IMAGES = 16
+
+# A record holds a hundred sentences.
+_MOST_NOTES = 50
 
 
 @dataclass
@@ -96,6 +100,7 @@ class Examiner:
         warnings: what the reference engine's own checks said.
         behaviour: after `check`, how the model behaves where the contract could be broken: the values of
             `robustboard.defenses.contract.Behaviour`, and on how many images (`n`).
+        verified: whether complete verification could be asked about an example so far.
     """
 
     session: Session
@@ -107,6 +112,7 @@ class Examiner:
     notes: list[str] = field(default_factory=list)
     warnings: list[EngineWarning] = field(default_factory=list)
     behaviour: dict[str, float | str] = field(default_factory=dict)
+    verified: bool = False
 
     def __post_init__(self) -> None:
         self.images = self.examples.floats()
@@ -130,19 +136,16 @@ class Examiner:
             ModelError: if it breaks a rule without which no verdict can be formed.
         """
         sample = self.images[:_CHECKED_IMAGES]
-        found = self._call("check", "check", {"classes": self.examples.classes}, {"images": sample}).values
-        own, behaviour = found.get("own_bounds", []), found.get("behaviour", {})
-        try:
-            self.behaviour = {
-                **{name: float(behaviour[name]) for name in ("repeat_change", "batch_change", "autograd_change")},
-                "gradient": str(behaviour["gradient"]),
-                "n": len(sample),
-            }
-        except (TypeError, KeyError, ValueError) as error:
-            raise WorkerError("The model's process did not say how the model behaves.") from error
+        reply = self._call("check", "check", {"classes": self.examples.classes}, {"images": sample})
+        behaviour, own = reply.part("behaviour"), reply.texts("own_bounds")
+        self.behaviour = {
+            **{name: behaviour.number(name, least=0) for name in ("repeat_change", "batch_change", "autograd_change")},
+            "gradient": behaviour.choice("gradient", GRADIENTS),
+            "n": len(sample),
+        }
         self.bound_methods = (
             *self.track.bounds.methods,
-            *(method for method in own_certificates.METHODS if isinstance(own, list) and method in own),
+            *(method for method in own_certificates.METHODS if method in own),
         )
 
     def reference_checks(self) -> None:
@@ -150,8 +153,8 @@ class Examiner:
         first = slice(0, self.track.batch_size)
         settings = {"classes": self.examples.classes, "batch_size": self.track.batch_size}
         arrays: dict[str, Array] = {"images": self.images[first], "labels": self.labels[first]}
-        said = self._call("check", "reference_checks", settings, arrays).values["warnings"]
-        self.warnings += read_warnings("checks", said)
+        reply = self._call("check", "reference_checks", settings, arrays)
+        self.warnings += read_warnings("checks", reply.texts("warnings"))
 
     def predict(self, stage: str, images: Floats) -> npt.NDArray[np.int64]:
         """The classes of one canonical batch, (N, C, H, W) -> (N,).
@@ -159,7 +162,7 @@ class Examiner:
         Raises:
             ModelError: if a logit is not finite: such an answer is neither right nor wrong.
         """
-        logits = self._call(stage, "predict", {}, {"images": images}).arrays["logits"]
+        logits = self._call(stage, "predict", {}, {"images": images}).array("logits", np.floating)
         if logits.shape != (len(images), self.examples.classes):
             raise ModelError(
                 f"The model must return logits of shape (N, {self.examples.classes}); for {len(images)} images it "
@@ -182,7 +185,7 @@ class Examiner:
             "step_size": float(pgd.step) * self.threat.radius,
             "losses": list(pgd.losses_for(self.examples.classes)),
         }
-        return self._perturbed(self._call(stage, "pgd", settings, self._rows(rows), bar=True), rows)
+        return self.perturbed(self._call(stage, "pgd", settings, self._rows(rows), bar=True), rows)
 
     def autoattack(self, stage: str, attack: str, wanted: Flags) -> Iterator[tuple[Rows, Flags, Floats]]:
         """One of the reference engine's attacks on the rows that are wanted.
@@ -210,8 +213,8 @@ class Examiner:
             "classes": self.examples.classes,
         }
         reply = self._call(stage, "autoattack", settings, self._rows(rows), bar=True)
-        self.warnings += read_warnings(attack, reply.values["warnings"])
-        return self._perturbed(reply, rows)
+        self.warnings += read_warnings(attack, reply.texts("warnings"))
+        return self.perturbed(reply, rows)
 
     def certify(self, stage: str, method: str, rows: Rows) -> tuple[Flags, Floats]:
         """Which of `rows` of one shard a method proves, and the lower bounds (len(rows), K) on their margins."""
@@ -246,26 +249,37 @@ class Examiner:
             done.finish()
             self.costs[stage].add(reply)
             certified, lower = self._bounds_of(reply, "complete", one)
-            if reply.values["reason"] is not None:
+            if reply.values.get("reason") is not None:
+                if self.verified:
+                    raise WorkerError(
+                        "The model's process verified some examples and then said that of this network none can be "
+                        "verified; the run stops."
+                    )
                 return None
-            answer.found[place] = self._perturbed(reply, one)[0]
-            answer.methods[place] = verify.known_method(reply.values["methods"][0]) if certified[0] else None
+            self.verified = True
+            answer.found[place] = self.perturbed(reply, one)[0]
+            names = [verify.known_method(name) for name in reply.listed("methods")]
+            if len(names) != 1 or (certified[0] and names[0] is None):
+                raise WorkerError("The model's process did not say how it verified an example; the run stops.")
+            answer.methods[place] = names[0] if certified[0] else None
             margins.append(lower)
         return replace(answer, margins=np.concatenate(margins))
 
     def _bounds_of(self, reply: Reply, method: str, rows: Rows) -> tuple[Flags, Floats]:
         """What a reply proves about `rows`; its notes go to `notes`."""
-        self.notes += [str(note) for note in reply.values["notes"] if note not in self.notes]
-        certified, margins = reply.arrays["certified"], reply.arrays["margins"]
-        if certified.shape != (len(rows),) or margins.shape != (len(rows), self.examples.classes):
-            raise WorkerError(f"The model's process returned {method} bounds of a wrong shape; they are not used.")
-        return certified.astype(bool), margins.astype(np.float32)
+        new = [note for note in reply.texts("notes") if note not in self.notes]
+        self.notes += new[: max(0, _MOST_NOTES - len(self.notes))]
+        certified = reply.array("certified", np.bool_, (len(rows),)).astype(bool)
+        margins = reply.array("margins", np.floating, (len(rows), self.examples.classes)).astype(np.float32)
+        if np.isnan(margins[certified]).any():
+            raise WorkerError(f"The model's process returned {method} bounds that are no numbers; they are not used.")
+        return certified, margins
 
     def measure(self, stage: str, name: str, rows: Rows) -> Reply:
         """A measurement of `robustboard.bench.measures` on `rows`, whichever shards they are of.
 
         Raises:
-            ModelError: if the model does not bear it, or the answer has not one entry for each of the rows.
+            ModelError: if the model does not bear it.
         """
         settings = {
             **self._threat_settings(),
@@ -273,12 +287,11 @@ class Examiner:
             "classes": self.examples.classes,
             "keys": [self.examples.hashes[row] for row in rows],
         }
-        reply = self._call(stage, "measure", settings, self._rows(rows))
-        for what, array in reply.arrays.items():
-            wanted = self.images[rows].shape if what == "adversarial" else (len(rows),)
-            if array.shape != wanted:
-                raise WorkerError(f"The model's process returned {what} of a wrong shape; the run stops.")
-        return reply
+        return self._call(stage, "measure", settings, self._rows(rows))
+
+    def perturbed(self, reply: Reply, rows: Rows) -> Floats:
+        """The perturbed images of `rows` that a reply holds, (len(rows), C, H, W)."""
+        return reply.array("adversarial", np.float32, self.images[rows].shape).astype(np.float32, copy=False)
 
     def confirm(self, stage: str, attack: str, shard: Rows, rows: Rows, found: Floats) -> Flags:
         """Which of the perturbed images of `rows` are misclassified, and again with only these in the shard.
@@ -318,12 +331,6 @@ class Examiner:
 
     def _rows(self, rows: Rows) -> dict[str, Array]:
         return {"images": self.images[rows], "labels": self.labels[rows]}
-
-    def _perturbed(self, reply: Reply, rows: Rows) -> Floats:
-        found = reply.arrays["adversarial"]
-        if found.shape != self.images[rows].shape or found.dtype != np.float32:
-            raise WorkerError("The model's process returned perturbed images of a wrong shape; they are not used.")
-        return found.astype(np.float32, copy=False)
 
     def _call(
         self, stage: str, operation: str, params: Mapping[str, Any], arrays: Mapping[str, Array], *, bar: bool = False

@@ -19,6 +19,7 @@ from robustboard.attacks.binarization import binarization_test
 from robustboard.attacks.pgd import pgd
 from robustboard.attacks.threat import ThreatModel
 from robustboard.bench.channel import Array
+from robustboard.defenses.contract import logit_change, require_form
 
 SEED = 0
 LOSS_STEPS = 20
@@ -92,8 +93,8 @@ def _autograd_mode(subject: Subject) -> Measured:
         plain = subject.model(subject.images).clone()
     with torch.enable_grad():
         traced = subject.model(subject.images.clone().requires_grad_()).detach()
-    change = (traced - plain).abs().amax() / plain.abs().amax().clamp(min=1.0)
-    return Measured({"change": float(change)}, {})
+    require_form(traced, len(plain), subject.classes)
+    return Measured({"change": logit_change(traced, plain, plain.abs().amax().clamp(min=1.0))}, {})
 
 
 def _losses(subject: Subject) -> Measured:

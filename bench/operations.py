@@ -8,8 +8,9 @@ which alone knows the labels' whole story, checks what comes back.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,16 +24,23 @@ from robustboard.attacks.complete import verify
 from robustboard.attacks.counting import PassCounter
 from robustboard.attacks.gradient_checks import FiniteGradients
 from robustboard.attacks.pgd import pgd
+from robustboard.attacks.proofs import out_of_memory
 from robustboard.attacks.threat import ThreatModel
 from robustboard.bench import measures
 from robustboard.bench.channel import Array
 from robustboard.defenses.contract import examine_classifier
-from robustboard.errors import RobustBoardError, WorkerError, first_line
+from robustboard.errors import ModelError, RobustBoardError, WorkerError, first_line
+
+_LARGEST = sys.float_info.max
+_LONGEST_TEXT, _MOST_TEXTS = 2000, 1000
 
 
 @dataclass(frozen=True)
 class Reply:
     """The answer to one operation: values, arrays, and what it cost.
+
+    A stranger's code may have written it, so what is read of it is read by the methods below. They raise `WorkerError`
+    where it is not there or not of its kind.
 
     Attributes:
         forwards: examples passed forward through the model.
@@ -44,6 +52,61 @@ class Reply:
     seconds: float = 0.0
     forwards: int = 0
     backwards: int = 0
+
+    def array(self, name: str, kind: type[np.generic], shape: tuple[int, ...] | None = None) -> Array:
+        """An array by its name, of a numpy type or one below it; None leaves its shape open."""
+        found = self.arrays.get(name)
+        if found is None or not np.issubdtype(found.dtype, kind):
+            raise _unusable(name)
+        if shape is not None and found.shape != shape:
+            raise WorkerError(f"The model's process returned {name} of a wrong shape; the answer is not used.")
+        return found
+
+    def number(self, name: str, *, least: float = -_LARGEST, most: float = _LARGEST) -> float:
+        """A finite number from `least` to `most`."""
+        found = self.values.get(name)
+        if isinstance(found, bool) or not isinstance(found, int | float) or not least <= found <= most:
+            raise _unusable(name)
+        return float(found)
+
+    def count(self, name: str, most: int = 2**53) -> int:
+        """A whole number from 0 to `most`."""
+        found = self.number(name, least=0, most=most)
+        if not found.is_integer():
+            raise _unusable(name)
+        return int(found)
+
+    def choice(self, name: str, options: Sequence[str]) -> str:
+        """One of some words."""
+        found = self.values.get(name)
+        if not isinstance(found, str) or found not in options:
+            raise _unusable(name)
+        return found
+
+    def listed(self, name: str) -> list[object]:
+        """A list of anything, of a length that can be kept."""
+        found = self.values.get(name)
+        if not isinstance(found, list) or len(found) > _MOST_TEXTS:
+            raise _unusable(name)
+        return found
+
+    def texts(self, name: str) -> list[str]:
+        """A list of sentences, of a length that can be kept."""
+        found = [one for one in self.listed(name) if isinstance(one, str) and len(one) <= _LONGEST_TEXT]
+        if len(found) != len(self.listed(name)):
+            raise _unusable(name)
+        return found
+
+    def part(self, name: str) -> Reply:
+        """Values by their names within the values."""
+        found = self.values.get(name)
+        if not isinstance(found, dict):
+            raise _unusable(name)
+        return Reply(found, {})
+
+
+def _unusable(name: str) -> WorkerError:
+    return WorkerError(f"The model's process sent no proper {name!r}; its answer is not used.")
 
 
 class Operations:
@@ -81,7 +144,8 @@ class Operations:
 
         Raises:
             RobustBoardError: whatever sentence the operation has for the user.
-            WorkerError: if the model's own code raises.
+            ModelError: if the model's own code raises.
+            WorkerError: if memory runs out.
         """
         began = time.perf_counter()
         with _full_precision(), PassCounter(self._model, on_forward=self._on_forwards) as counter:
@@ -90,7 +154,9 @@ class Operations:
             except RobustBoardError:
                 raise
             except Exception as error:
-                raise WorkerError(f"The model failed during {operation}: {first_line(error)}.") from error
+                # What the machine lacks is no finding about the model.
+                kind = WorkerError if out_of_memory(error) else ModelError
+                raise kind(f"The model failed during {operation}: {first_line(error)}.") from error
         return Reply(reply.values, reply.arrays, time.perf_counter() - began, counter.forwards, counter.backwards)
 
     def _tensor(self, array: Array) -> Tensor:

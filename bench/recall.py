@@ -195,4 +195,4 @@ def bring_back(worker: WorkerProcess, located: Located, entrant: Entrant, progre
         reply = worker.restore(from_safetensors(content))
     except SafetensorError as error:
         raise ModelError(f"{stored} cannot be read as weights: {error}.") from error
-    return Brought(int(reply.values["parameters"]), wanted, content)
+    return Brought(reply.count("parameters"), wanted, content)

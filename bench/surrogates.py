@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from robustboard.attacks import keyed
+from robustboard.attacks import global_draws, keyed
 from robustboard.attacks.pgd import ascend
 from robustboard.attacks.threat import ThreatModel
 from robustboard.defenses import registry
@@ -63,16 +63,18 @@ def surrogates_of(data: TrainingData, threat: ThreatModel, *, folder: Path | Non
     part = Split(data.train.images[:_LARGEST], data.train.labels[:_LARGEST])
     less = TrainingData(data.name, part, data.validation, data.classes)
     settings: Mapping[str, object] = MappingProxyType({"epochs": max(2, round(_PASSES / len(part)))})
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return tuple(
-            _train(name, settings, less, threat, folder)
-            for name in RECIPES
-            if registry.create(name, settings).unsuited(less, threat) is None
-        )
-    finally:
-        torch.set_num_threads(threads)
+    # Jobs in threads share torch's generators, its thread count and the folder.
+    with global_draws.one_thread_at_a_time():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return tuple(
+                _train(name, settings, less, threat, folder)
+                for name in RECIPES
+                if registry.create(name, settings).unsuited(less, threat) is None
+            )
+        finally:
+            torch.set_num_threads(threads)
 
 
 def transferred(

@@ -24,6 +24,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from robustboard.attacks import global_draws
 from robustboard.defenses.residual import wong_resnet, wong_resnet_imagenet
 from robustboard.errors import DefenseError
 
@@ -87,7 +88,7 @@ def build(
         raise DefenseError(
             f"The architecture {name} needs images of at least {smallest} x {smallest} pixels, not {image_shape[1:]}."
         )
-    with torch.random.fork_rng(devices=[]):
+    with global_draws.preserved():
         torch.manual_seed(seed)
         layers = factory(image_shape, classes) if factory else _mlp(name, image_shape, classes)
     return nn.Sequential(*([normalize] if normalize is not None else []), *layers)

@@ -7,7 +7,7 @@ deterministic, judges every image by itself, answers the same with and without a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from robustboard.errors import ModelError, first_line
 CHANGE_TOLERANCE = 1e-3
 
 _REPEATS = 3
+
+Gradient = Literal["present", "missing", "not finite"]
+GRADIENTS: Final[tuple[str, ...]] = get_args(Gradient)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Behaviour:
     repeat_change: float
     batch_change: float
     autograd_change: float
-    gradient: Literal["present", "missing", "not finite"]
+    gradient: Gradient
 
 
 def examine_classifier(model: nn.Module, images: Tensor, *, classes: int) -> Behaviour:
@@ -48,7 +51,8 @@ def examine_classifier(model: nn.Module, images: Tensor, *, classes: int) -> Beh
         classes: K.
 
     Raises:
-        ModelError: if it is in train mode, fails, or its answers are not float32 logits (N, K) that are finite numbers.
+        ModelError: if it is in train mode, fails, alters its input, or its answers are not float32 logits (N, K) that
+            are finite numbers.
     """
     if model.training:
         raise ModelError("The model is in train mode; call model.eval() before it is judged.")
@@ -58,11 +62,11 @@ def examine_classifier(model: nn.Module, images: Tensor, *, classes: int) -> Beh
     repeats = [_forward(model, images) for _ in range(_REPEATS)]
     for answer in repeats:
         _check_logits(answer, len(images), classes)
-    traced, gradient = _traced(model, images)
+    traced, gradient = _traced(model, images, classes)
     return Behaviour(
-        max(_change(answer, logits, scale) for answer in repeats),
-        _change(_alone(model, images, classes), logits, scale),
-        _change(traced, logits, scale),
+        max(logit_change(answer, logits, scale) for answer in repeats),
+        logit_change(_alone(model, images, classes), logits, scale),
+        logit_change(traced, logits, scale),
         gradient,
     )
 
@@ -100,19 +104,31 @@ def check_classifier(model: nn.Module, images: Tensor, *, classes: int) -> None:
 
 
 def _forward(model: nn.Module, images: Tensor) -> Tensor:
+    shown = images.clone()
     try:
         with torch.inference_mode():
-            logits = model(images)
+            logits = model(shown)
     except Exception as error:
         raise ModelError(
             f"The model fails on images of shape {tuple(images.shape[1:])}: {first_line(error)}."
         ) from error
+    _require_unaltered(shown, images)
     if not isinstance(logits, Tensor):
         raise ModelError(f"The model must return a tensor of logits (N, K), not {type(logits).__name__}.")
     return logits.clone()
 
 
-def _check_logits(logits: Tensor, count: int, classes: int) -> None:
+def _require_unaltered(shown: Tensor, images: Tensor) -> None:
+    if not torch.equal(shown, images):
+        raise ModelError("The model alters the images that it is given, in place; it must work on a copy of them.")
+
+
+def require_form(logits: Tensor, count: int, classes: int) -> None:
+    """Refuse logits that are not float32 (count, classes).
+
+    Raises:
+        ModelError: naming what was seen.
+    """
     if logits.shape != (count, classes):
         raise ModelError(
             f"The model must return logits of shape (N, {classes}) for this track; for {count} images it returned "
@@ -120,6 +136,10 @@ def _check_logits(logits: Tensor, count: int, classes: int) -> None:
         )
     if logits.dtype != torch.float32:
         raise ModelError(f"The model must return float32 logits, not {str(logits.dtype).removeprefix('torch.')}.")
+
+
+def _check_logits(logits: Tensor, count: int, classes: int) -> None:
+    require_form(logits, count, classes)
     if not bool(torch.isfinite(logits).all()):
         bad = int((~torch.isfinite(logits).all(dim=1)).sum())
         raise ModelError(f"The model returns NaN or infinite logits for {bad} of {count} clean images.")
@@ -131,8 +151,14 @@ def _check_logits(logits: Tensor, count: int, classes: int) -> None:
         )
 
 
-def _change(answer: Tensor, logits: Tensor, scale: Tensor) -> float:
-    return float((answer - logits).abs().amax() / scale)
+def logit_change(answer: Tensor, logits: Tensor, scale: Tensor) -> float:
+    """The largest move of a logit as a share of `scale`; the largest float32 where the move is no finite number.
+
+    >>> logit_change(torch.tensor([[1.0, torch.nan]]), torch.zeros(1, 2), torch.tensor(1.0)) > 1e38
+    True
+    """
+    change = (answer - logits).abs().amax() / scale
+    return float(change.nan_to_num(nan=torch.finfo(torch.float32).max))
 
 
 def _alone(model: nn.Module, images: Tensor, classes: int) -> Tensor:
@@ -143,15 +169,19 @@ def _alone(model: nn.Module, images: Tensor, classes: int) -> Tensor:
     return torch.cat(answers)
 
 
-def _traced(model: nn.Module, images: Tensor) -> tuple[Tensor, Literal["present", "missing", "not finite"]]:
+def _traced(model: nn.Module, images: Tensor, classes: int) -> tuple[Tensor, Gradient]:
     """The logits while gradients are recorded, and what comes of the gradient."""
     inputs = images.clone().requires_grad_(True)
     try:
         with torch.enable_grad():
             logits = model(inputs)
+            require_form(logits, len(images), classes)
             gradient = _input_gradient(logits, inputs)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"The model fails when gradients are recorded: {first_line(error)}.") from error
+    _require_unaltered(inputs.detach(), images)
     if gradient is None:
         return logits.detach(), "missing"
     return logits.detach(), "present" if bool(torch.isfinite(gradient).all()) else "not finite"

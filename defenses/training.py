@@ -16,6 +16,7 @@ from typing import Any, Generic, Literal, Protocol, TypedDict, TypeVar
 import torch
 from torch import Tensor, nn
 
+from robustboard.attacks import global_draws
 from robustboard.attacks.keyed import derive_seed
 from robustboard.attacks.threat import ThreatModel
 from robustboard.defenses.adapter import CheckpointStore, Defense, Progress, Split, TrainingData
@@ -324,7 +325,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Dropout takes no generator: inside the block the global ones are seeded, afterwards they are what they were."""
     cuda = device.type == "cuda"
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[device] if cuda else []))
+        stack.enter_context(global_draws.preserved([device] if cuda else []))
         if cuda:
             stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True))
         torch.manual_seed(seed)

@@ -30,7 +30,7 @@ class SubmissionError(RobustBoardError):
 
 
 class ModelError(RobustBoardError):
-    """A model breaks the classifier contract (shape, logits, NaN, determinism)."""
+    """A model breaks the classifier contract (shape, logits, NaN, determinism), or its own code raises."""
 
 
 class WorkerError(RobustBoardError):

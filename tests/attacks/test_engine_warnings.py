@@ -30,6 +30,12 @@ def test_each_kind_is_read(sentence: str, check: str, times: int) -> None:
     assert sentence.startswith(warning.message)
 
 
+def test_a_count_too_long_to_read_is_part_of_the_message() -> None:
+    """Whoever writes a sentence of five thousand digits is not to end the run with an error of Python's."""
+    sentence = f"Something new. (Said {'9' * 5000} times, here the first.)"
+    assert read_warnings("square", [sentence]) == [EngineWarning("square", "other", sentence, 1)]
+
+
 def test_the_signs_are_the_engines_own_words() -> None:
     """Should the engine's wording change, its warnings would silently become `other`."""
     source = inspect.getsource(checks).lower()

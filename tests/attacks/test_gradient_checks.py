@@ -17,6 +17,7 @@ from robustboard.attacks.gradient_checks import (
     logit_scale,
 )
 from robustboard.attacks.losses import margin_loss
+from robustboard.errors import ModelError
 
 
 class Changed(nn.Module):
@@ -147,3 +148,20 @@ def test_the_stand_in_keeps_a_sound_gradient(toy: Any) -> None:
     own = input_gradients(part.model, part.images, part.labels, loss=margin_loss)
     shown = input_gradients(FiniteGradients(part.model), part.images, part.labels, loss=margin_loss)
     assert torch.equal(own, shown)
+
+
+@pytest.mark.parametrize("size", [3e38, torch.nan])
+def test_a_logit_scale_is_a_finite_number_or_refused(size: float) -> None:
+    """Differences of the largest float32 numbers overflow, and a record holds finite numbers only."""
+
+    class Huge(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :2].sign() * torch.tensor([1.0, -1.0]) * size
+
+    images = torch.ones(3, 1, 2, 2)
+    if size > 0:
+        scale = logit_scale(Huge(), images)
+        assert (scale.mean_largest, scale.median_gap) == (torch.finfo(torch.float32).max,) * 2
+    else:
+        with pytest.raises(ModelError, match="not finite numbers"):
+            logit_scale(Huge(), images)

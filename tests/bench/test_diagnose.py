@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,19 +16,22 @@ import torch
 from torch import nn
 
 from robustboard.attacks.threat import ThreatModel
+from robustboard.bench import surrogates as surrogates_module
 from robustboard.bench.crossed_audit import Audit
 from robustboard.bench.datasets import load_dataset
 from robustboard.bench.diagnose import breaks_contract, chosen_rows, diagnose
 from robustboard.bench.evaluate import _clean, _gate, _pgd, evaluate
 from robustboard.bench.examiner import Examiner
 from robustboard.bench.masks import MASKS
+from robustboard.bench.measures import MEASURES
+from robustboard.bench.operations import Reply
 from robustboard.bench.protocol import load_track, select, training_data
 from robustboard.bench.session import LocalSession
 from robustboard.bench.surrogates import surrogates_of, transferred
 from robustboard.bench.verdicts import Verdicts
 from robustboard.defenses import registry
 from robustboard.defenses.adapter import CheckpointStore, NoProgress
-from robustboard.errors import GateError, ModelError
+from robustboard.errors import GateError, ModelError, WorkerError
 from robustboard.leaderboard.findings import Diagnosis
 
 CPU = torch.device("cpu")
@@ -174,6 +183,113 @@ def test_a_measurement_that_the_model_does_not_bear_is_a_finding(network, digits
     assert any("not finite numbers in unbounded" in reason for reason in diagnosis.reasons)
 
 
+class FailsOnFaintImages(nn.Module):
+    """Its code raises on what the measurements alone show it: pixels drawn in from the faces of the box."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        if bool((images > 0).all()):
+            raise IndexError("no such pixel")
+        return self.network(images)
+
+
+def test_a_models_own_error_in_a_measurement_is_a_finding(network, digits):
+    examiner, verdicts = _examined(FailsOnFaintImages(network), digits)
+    diagnosis = diagnose(examiner, verdicts, None).diagnosis
+    found = {one.name: one for one in diagnosis.findings}["finite-differences"]
+    assert found.verdict == "suspicious"
+    assert "IndexError: no such pixel" in found.sentence
+
+
+Change = Callable[[Reply], Reply]
+
+
+def _told(**values: object) -> Change:
+    """Other values than the model's process found; a name's underscores are spaces."""
+    return lambda reply: replace(reply, values={**reply.values, **{k.replace("_", " "): v for k, v in values.items()}})
+
+
+def _sent(**arrays: np.ndarray | None) -> Change:
+    """Other arrays than the model's process found; None leaves one out."""
+    return lambda reply: replace(
+        reply, arrays={name: array for name, array in {**reply.arrays, **arrays}.items() if array is not None}
+    )
+
+
+def _silent(reply: Reply) -> Reply:
+    return replace(reply, values={}, arrays={})
+
+
+def _answering(session: LocalSession, measure: str, change: Change) -> LocalSession:
+    """A session whose answer to one measurement is changed."""
+    call = session.call
+
+    def changed(operation: str, params: Mapping[str, Any], arrays: Mapping[str, np.ndarray], **options: Any) -> Reply:
+        reply = call(operation, params, arrays, **options)
+        return change(reply) if params.get("measure") == measure else reply
+
+    session.call = changed
+    return session
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(scope="module")
+def few(digits, network):
+    """Ten examples, attacked once."""
+    track, _, data = digits
+    track = track.limited(10)
+    return _examined(network, (track, select(track, load_dataset(track.dataset)), data))
+
+
+@pytest.mark.parametrize(
+    ("measure", "change"),
+    [
+        *[(measure, _silent) for measure in MEASURES],
+        ("autograd mode", _told(change=NAN)),
+        ("autograd mode", _told(change=-1.0)),
+        ("autograd mode", _told(change=True)),
+        ("gradients", _told(zero_margin=NAN)),
+        ("gradients", _told(zero_margin=1.5)),
+        ("gradients", _told(median_gap=INF)),
+        ("gradients", _told(mean_largest_logit=10**400)),
+        ("gradients", _told(faces_alive=1, faces_dead=2)),
+        ("gradients", _told(faces_alive=10**9)),
+        ("gradients", _sent(steepest=None)),
+        ("gradients", _sent(steepest=np.zeros(3))),
+        ("gradients", _sent(random=np.zeros(10, dtype=np.int64))),
+        ("losses", _told(ce=None)),
+        ("losses", _told(dlr=11)),
+        ("losses", _told(single_step=0.5)),
+        ("unbounded", _told(survived="abc")),
+        ("unbounded", _told(survived=-5)),
+        ("unbounded", _told(survived=INF)),
+        ("binarization", _told(built=2, found=3)),
+        ("square", _sent(adversarial=np.zeros((10, 1, 8, 8), dtype=np.int64))),
+        ("more work", _sent(adversarial=np.zeros((2, 2), dtype=np.float32))),
+    ],
+)
+def test_an_answer_that_makes_no_sense_is_one_sentence(measure, change, few, network, monkeypatch):
+    examiner, verdicts = few
+    monkeypatch.setattr(examiner, "session", _answering(LocalSession(network, CPU), measure, change))
+    with pytest.raises(WorkerError, match=r"its answer is not used|the answer is not used"):
+        diagnose(examiner, verdicts, None)
+
+
+def test_slopes_that_are_no_numbers_differ(few, network, monkeypatch):
+    examiner, verdicts = few
+    change = _sent(steepest=np.full(len(chosen_rows(examiner, verdicts)), NAN))
+    monkeypatch.setattr(examiner, "session", _answering(LocalSession(network, CPU), "gradients", change))
+    found = {one.name: one for one in diagnose(examiner, verdicts, None).diagnosis.findings}["finite-differences"]
+    assert found.verdict == "suspicious"
+    assert found.evidence["differ"] == found.evidence["n"]
+    assert found.evidence["median departure along the gradient"] == 2.0
+
+
 def test_a_random_model_is_judged_but_never_bounded(network, digits):
     """The verdict is possible and means nothing: the record is invalid, with its evidence, and nothing is proved."""
     bounded = digits[0].limited(20).model_copy(update={"bounds": load_track("digits-linf@1").bounds})
@@ -192,6 +308,25 @@ def test_surrogates_follow_from_the_training_data(digits, surrogates, tmp_path):
     kept = surrogates_of(data, track.threat, folder=tmp_path)
     found = surrogates_of(data, track.threat, folder=tmp_path)
     assert [one.sha256 for one in kept] == [one.sha256 for one in found] == [one.sha256 for one in surrogates]
+
+
+def test_jobs_in_threads_train_surrogates_one_after_the_other(digits, monkeypatch):
+    """They share torch's generators and its thread count: at once, each would get other weights than alone."""
+    busy, overlaps = threading.Lock(), []
+
+    def train(name, settings, data, threat, folder):
+        overlaps.append(not busy.acquire(blocking=False))
+        time.sleep(0.02)
+        if not overlaps[-1]:
+            busy.release()
+        return name
+
+    monkeypatch.setattr(surrogates_module, "_train", train)
+    track, _, data = digits
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: surrogates_of(data, track.threat), range(4)))
+    assert found == [surrogates_module.RECIPES] * 4
+    assert not any(overlaps)
 
 
 def test_transferred_images_stay_in_the_ball(digits, surrogates):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from importlib import util
 from pathlib import Path
@@ -13,11 +15,13 @@ import torch
 from torch import nn
 
 import robustboard
-from robustboard.attacks import bounds
+from robustboard.attacks import autoattack, bounds
 from robustboard.attacks.keyed import content_hash
 from robustboard.attacks.threat import ThreatModel
-from robustboard.bench import operations
-from robustboard.errors import GateError, ModelError
+from robustboard.bench import operations, verdicts
+from robustboard.bench.operations import Reply
+from robustboard.bench.session import LocalSession
+from robustboard.errors import GateError, ModelError, WorkerError
 
 
 def _conftest() -> ModuleType:
@@ -200,3 +204,121 @@ def test_two_classes_run_without_the_attack_that_needs_four():
     assert record.outcomes["apgd_t"].isna().all()
     assert record.outcomes["square"].notna().any()
     assert "autoattack" not in record.metrics
+
+
+def _lying(monkeypatch, operation: str, change: Callable[[Reply], Reply], *, after: int = 0) -> None:
+    """Let every session change its answers to one operation, from some call on."""
+    call, asked = LocalSession.call, []
+
+    def changed(self, name, params, arrays, **options):
+        reply = call(self, name, params, arrays, **options)
+        asked.extend([name] * (name == operation))
+        return change(reply) if name == operation and len(asked) > after else reply
+
+    monkeypatch.setattr(LocalSession, "call", changed)
+
+
+def _told(**values: object) -> Callable[[Reply], Reply]:
+    return lambda reply: replace(reply, values={**reply.values, **values})
+
+
+def _behaves(**values: object) -> Callable[[Reply], Reply]:
+    return lambda reply: _told(behaviour={**reply.values["behaviour"], **values})(reply)
+
+
+def _sent(name: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Reply], Reply]:
+    return lambda reply: replace(reply, arrays={**reply.arrays, name: change(reply.arrays[name])})
+
+
+def _silent(reply: Reply) -> Reply:
+    return replace(reply, values={}, arrays={})
+
+
+def _hidden() -> nn.Module:
+    """The same function with a hidden layer, for complete verification is of networks with ReLUs."""
+    net = Net()
+    last = nn.Linear(16, 4)
+    last.load_state_dict(net.layer.state_dict())
+    identity = nn.Linear(16, 16)
+    with torch.no_grad():
+        identity.weight.copy_(torch.eye(16))
+        identity.bias.zero_()
+    return nn.Sequential(nn.Flatten(), identity, nn.ReLU(), last)
+
+
+def _quick(operation: str, monkeypatch):
+    """A run that is short and asks for the operation; complete verification is asked where nothing else proves."""
+    if operation != "autoattack":
+        monkeypatch.setattr(autoattack, "applicable", lambda classes: ())
+    if operation == "complete":
+        monkeypatch.setattr(verdicts.Verdicts, "bounded", _none_but_complete(verdicts.Verdicts.bounded))
+    return _track(n=8, attacks={"pgd": {"steps": 1, "restarts": 1}}, bounds={"methods": ["ibp"]})
+
+
+def _none_but_complete(bounded):
+    def enter(self, method, rows, certified, margins):
+        bounded(self, method, rows, certified & method.startswith("complete"), margins)
+
+    return enter
+
+
+@pytest.mark.parametrize(
+    ("operation", "change"),
+    [
+        *[
+            (operation, _silent)
+            for operation in ("check", "reference_checks", "predict", "pgd", "certify", "autoattack", "complete")
+        ],
+        ("check", _told(behaviour=None)),
+        ("check", _told(own_bounds="all")),
+        ("check", _behaves(repeat_change=float("nan"))),
+        ("check", _behaves(autograd_change=float("inf"))),
+        ("check", _behaves(batch_change=-1.0)),
+        ("check", _behaves(batch_change=True)),
+        ("check", _behaves(gradient="x\n" * 10_000)),
+        ("reference_checks", _told(warnings=None)),
+        ("reference_checks", _told(warnings=[1, 2])),
+        ("reference_checks", _told(warnings=["x" * 10_000])),
+        ("autoattack", _told(warnings={})),
+        ("predict", _sent("logits", lambda logits: logits > 0)),
+        ("pgd", _sent("adversarial", lambda images: images.astype(np.float64))),
+        ("pgd", _sent("adversarial", lambda images: images[1:])),
+        ("certify", _told(notes=None)),
+        ("certify", _sent("certified", lambda certified: certified.astype(np.float32))),
+        ("certify", _sent("margins", lambda margins: margins[:, 1:])),
+        ("complete", _told(notes=[None])),
+        ("complete", _told(methods=[])),
+    ],
+)
+def test_an_answer_that_makes_no_sense_is_one_sentence(operation, change, monkeypatch):
+    """What a stranger's process says is believed in nothing, not even in being there."""
+    track = _quick(operation, monkeypatch)
+    _lying(monkeypatch, operation, change)
+    with pytest.raises(WorkerError, match=r"not used|did not say how it verified") as caught:
+        robustboard.score(_hidden(), track=track, data=DATA, complete=10)
+    assert len(str(caught.value)) < 200
+
+
+def test_bounds_that_are_no_numbers_certify_nothing(monkeypatch):
+    def nothing(reply: Reply) -> Reply:
+        arrays = {"margins": reply.arrays["margins"] * np.nan, "certified": np.ones_like(reply.arrays["certified"])}
+        return replace(reply, arrays=arrays)
+
+    _lying(monkeypatch, "certify", nothing)
+    with pytest.raises(WorkerError, match="no numbers"):
+        robustboard.score(Net(), track=_track(), data=DATA)
+
+
+def test_more_notes_than_a_record_holds_are_left_out(monkeypatch):
+    monkeypatch.setattr(autoattack, "applicable", lambda classes: ())
+    _lying(monkeypatch, "certify", _told(notes=[f"Note {number}." for number in range(500)]))
+    record = robustboard.score(Net(), track=_track(), data=DATA)
+    assert 10 < len(record.notes) <= 100
+
+
+def test_a_network_is_either_verified_or_not(monkeypatch):
+    """Proofs that were entered before such an answer would stand in a record that names no method for them."""
+    track = _quick("complete", monkeypatch)
+    _lying(monkeypatch, "complete", _told(reason="It cannot be read."), after=1)
+    with pytest.raises(WorkerError, match="none can be verified"):
+        robustboard.score(_hidden(), track=track, data=DATA, complete=10)

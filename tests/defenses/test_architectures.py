@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -51,6 +53,16 @@ def test_weights_follow_the_seed_and_leave_the_global_state_alone() -> None:
     other = build("mlp-9", image_shape=(1, 4, 4), classes=2, seed=6)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert not torch.equal(next(first.parameters()), next(other.parameters()))
+
+
+def test_weights_follow_the_seed_in_threads_too() -> None:
+    def first(seed: int) -> torch.Tensor:
+        return next(build("mlp-200", image_shape=(1, 8, 8), classes=2, seed=seed).parameters())
+
+    alone = first(0), first(1)
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(first, [0, 1] * 200))
+    assert all(torch.equal(weights, alone[place % 2]) for place, weights in enumerate(together))
 
 
 def test_cnn_a_has_the_layer_names_of_the_published_weights() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from robustboard.defenses.contract import check_classifier
+from robustboard.defenses.contract import check_classifier, examine_classifier
 from robustboard.errors import ModelError
 
 
@@ -91,6 +91,37 @@ class NotATensor(Linear):
         return [super().forward(x)]
 
 
+class NotANumberUnderAutograd(Linear):
+    def forward(self, x):
+        return super().forward(x) * (torch.nan if torch.is_grad_enabled() else 1.0)
+
+
+class WiderUnderAutograd(Linear):
+    def forward(self, x):
+        logits = super().forward(x)
+        return torch.cat([logits, logits], dim=1) if torch.is_grad_enabled() else logits
+
+
+class DoubleUnderAutograd(Linear):
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits.double() if torch.is_grad_enabled() else logits
+
+
+class AltersItsInput(Linear):
+    def forward(self, x):
+        if not torch.is_grad_enabled():
+            x.data.mul_(0.5)
+        return super().forward(x)
+
+
+class AltersItsInputUnderAutograd(Linear):
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            x.data.mul_(0.5)
+        return super().forward(x)
+
+
 IMAGES = torch.linspace(0, 1, 4 * 16).view(4, 1, 4, 4)
 
 
@@ -114,11 +145,29 @@ def test_an_honest_classifier_passes():
         (Double, "float32 logits, not float64"),
         (Raises, "RuntimeError: size mismatch"),
         (NotATensor, "not list"),
+        (NotANumberUnderAutograd, "differently when gradients are recorded"),
+        (WiderUnderAutograd, r"shape \(N, 3\).*\(4, 6\)"),
+        (DoubleUnderAutograd, "float32 logits, not float64"),
+        (AltersItsInput, "alters the images that it is given"),
+        (AltersItsInputUnderAutograd, "alters the images that it is given"),
     ],
 )
 def test_a_broken_rule_is_named(broken, sentence):
     with pytest.raises(ModelError, match=sentence):
         check_classifier(broken().eval(), IMAGES, classes=3)
+
+
+def test_a_change_that_is_no_number_is_a_finite_one():
+    """A record holds finite numbers only, and NaN is larger than no threshold."""
+    found = examine_classifier(NotANumberUnderAutograd().eval(), IMAGES, classes=3)
+    assert 1e38 < found.autograd_change < float("inf")
+
+
+def test_a_refused_model_leaves_the_callers_images_alone():
+    images = IMAGES.clone()
+    with pytest.raises(ModelError, match="alters"):
+        examine_classifier(AltersItsInput().eval(), images, classes=3)
+    assert torch.equal(images, IMAGES)
 
 
 def test_train_mode_is_refused():
