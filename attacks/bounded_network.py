@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from robustboard.attacks import lirpa_compat
 from robustboard.attacks.ball_perturbation import ball_in_box
-from robustboard.attacks.bounded_view import patches_hold, separate_examples, share_buffers, shared_view
+from robustboard.attacks.bounded_view import casts_hold, patches_hold, separate_examples, share_buffers, shared_view
 from robustboard.attacks.normalisation import split_normalisation
 from robustboard.errors import BoundsError, first_line
 
@@ -69,6 +69,8 @@ class BoundedNetwork:
                 if self.patches and not patches_hold(self.network):
                     self.patches = False
                     self.network = self._build(core, probe[:1])
+                if not casts_hold(self.network):
+                    raise BoundsError("auto_LiRPA would bound a rounding of this network as if it were none.")
                 self._one_by_one = not self._computes(view, probe)
                 if self._one_by_one and not self._computes(view, probe[:1]):
                     raise BoundsError(

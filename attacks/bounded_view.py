@@ -9,6 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from robustboard.attacks.counting import only_counts
+from robustboard.errors import BoundsError
 
 _HOOKS = (
     "_forward_hooks",
@@ -17,13 +22,22 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+# ONNX's numbers of float32 and float64.
+_WIDE_TYPES = (1, 11)
+# Pre-hooks that compute a module's weight from its parameters and never see its input.
+_REWEIGHTING = (WeightNorm, SpectralNorm)
 
 
 def shared_view(model: nn.Module) -> nn.Module:
-    """A copy of the module tree, in eval mode and without dropout, on the model's own parameters and buffers."""
+    """A copy of the module tree, in eval mode and without dropout, on the model's own parameters and buffers.
+
+    Raises:
+        BoundsError: if a hook may change what a module computes; no reading of the modules would show it.
+    """
+    _require_plain_hooks(model)
     memo: dict[int, Any] = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     for module in model.modules():
-        # Hooks count passes or report progress; they belong to the model, and may hold what cannot be copied.
+        # Hooks that are left count passes; they belong to the model, and may hold what cannot be copied.
         memo |= {id(hooks): OrderedDict() for name in _HOOKS if (hooks := getattr(module, name, None)) is not None}
     view = copy.deepcopy(model, memo)
     for module in list(view.modules()):
@@ -31,6 +45,17 @@ def shared_view(model: nn.Module) -> nn.Module:
             if isinstance(child, nn.modules.dropout._DropoutNd):
                 setattr(module, name, nn.Identity())
     return view.eval()
+
+
+def _require_plain_hooks(model: nn.Module) -> None:
+    shared = torch.nn.modules.module
+    before = list(shared._global_forward_pre_hooks.values())
+    after = list(shared._global_forward_hooks.values())
+    for module in model.modules():
+        before += module._forward_pre_hooks.values()
+        after += module._forward_hooks.values()
+    if not all(type(hook) in _REWEIGHTING for hook in before) or not all(only_counts(hook) for hook in after):
+        raise BoundsError("This network has forward hooks, which may change what its modules compute.")
 
 
 def share_buffers(network: Any, core: nn.Module) -> None:
@@ -53,6 +78,15 @@ def patches_hold(network: Any) -> bool:
         if len(set(attributes.get("kernel_shape", []))) > 1 or len(set(attributes.get("strides", []))) > 1:
             return False
     return True
+
+
+def casts_hold(network: Any) -> bool:
+    """Whether every change of type keeps the values: the bounds take each for the identity, also one to integers.
+
+    A division that rounds (`rounding_mode`) is such a cast after tracing.
+    """
+    casts = [node for node in network.modules() if type(node).__name__ == "BoundCast"]
+    return not any(getattr(node, "from_input", True) and node.to not in _WIDE_TYPES for node in casts)
 
 
 def separate_examples(network: Any) -> None:

@@ -8,9 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+
+_COUNTING: WeakSet[Callable[..., None]] = WeakSet()
+
+
+def only_counts(hook: object) -> bool:
+    """Whether a forward hook is a `PassCounter`'s, which changes nothing.
+
+    >>> only_counts(print)
+    False
+    """
+    return any(hook is known for known in _COUNTING)
 
 
 class PassCounter:
@@ -60,6 +72,7 @@ class PassCounter:
         def count_gradient(gradient: Tensor) -> None:
             self.backwards += len(gradient)
 
+        _COUNTING.add(count_output)
         self._handle = self._model.register_forward_hook(count_output)
         return self
 

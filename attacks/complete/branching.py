@@ -148,11 +148,11 @@ class _Searcher:
         share = min(self.effort.width, (self.effort.nodes - self.search.nodes) // 2)
         taken = [heapq.heappop(self.waiting) for _ in range(min(share, len(self.waiting)))]
         free = [domain for domain in taken if bool((domain.phase == 0).any())]
-        for domain in taken:
-            if not bool((domain.phase == 0).any()):
-                self._leaf(domain)
+        leaves = [domain for domain in taken if not bool((domain.phase == 0).any())]
+        while leaves and self.search.adversarial is None:
+            self._leaf(leaves.pop(0))
         if not free or self.search.adversarial is not None:
-            self.waiting += free
+            self.waiting += leaves + free
             return
         rows = self.problem.margins[torch.tensor([domain.target for domain in free])]
         phase, multipliers = _stacked(free)

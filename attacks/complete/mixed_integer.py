@@ -3,11 +3,14 @@
 Every unstable neuron has a binary variable, and its big-M constants are its alpha-CROWN bounds. The margin is
 constrained to be at most a cut-off and then minimised: an infeasible program proves that the margin exceeds the
 cut-off, and any feasible point is a candidate for a counter-example, so the solver may stop at the first.
+
+The solver's tolerances are absolute and it drops coefficients below 1e-9, so every neuron is measured in units of its
+own largest input: no bound is then larger than one, whatever the scale of the weights.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,8 +19,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from robustboard.attacks.complete.reduction import Problem
+from robustboard.attacks.complete.relaxation import Reduced, Rows
 
-# scipy's status codes: 1 is "a limit was reached", 2 is "infeasible".
+# scipy's status 2 is HiGHS's "infeasible", but also its "model error": the message tells them apart.
 _INFEASIBLE = 2
 # HiGHS ends at the first incumbent when any gap will do.
 _ANY_GAP = 1e30
@@ -49,7 +53,9 @@ def solve(problem: Problem, target: int, *, phase: Tensor | None = None, cutoff:
             feasibility tolerance, which is 1e-6.
         nodes: the work budget, in the solver's nodes.
     """
-    network, objective = problem.network, problem.margins[slice(target, target + 1)]
+    network, objective = _balanced(problem.network, problem.margins[slice(target, target + 1)])
+    if not _finite(network, objective):
+        return Solved(proved=False, point=None, nodes=0)
     pixels, units = len(network.lower), len(network)
     fixed = np.zeros(units) if phase is None else phase.cpu().numpy()
     low, high = network.low.cpu().numpy(), network.high.cpu().numpy()
@@ -78,9 +84,23 @@ def solve(problem: Problem, target: int, *, phase: Tensor | None = None, cutoff:
         options={"node_limit": max(1, nodes), "mip_rel_gap": _ANY_GAP},
     )
     used = int(getattr(solution, "mip_node_count", 0) or 0)
-    if solution.status == _INFEASIBLE:
+    if solution.status == _INFEASIBLE and "infeasible" in solution.message.lower():
         return Solved(proved=True, point=None, nodes=used)
     if solution.x is None:
         return Solved(proved=False, point=None, nodes=used)
     point = torch.from_numpy(solution.x[:pixels]).to(network.lower)
     return Solved(proved=False, point=point.clamp(network.lower, network.upper), nodes=used)
+
+
+def _balanced(network: Reduced, rows: Rows) -> tuple[Reduced, Rows]:
+    """The same network and functions of it, with every neuron in units of the larger of its two bounds."""
+    unit = torch.maximum(-network.low, network.high)
+    units = network.units
+    scaled = Rows(units.inputs / unit[:, None], units.hidden * unit / unit[:, None], units.offset / unit)
+    balanced = replace(network, units=scaled, low=network.low / unit, high=network.high / unit)
+    return balanced, Rows(rows.inputs, rows.hidden * unit, rows.offset)
+
+
+def _finite(network: Reduced, rows: Rows) -> bool:
+    numbers = [part for one in (network.units, rows) for part in (one.inputs, one.hidden, one.offset)]
+    return all(bool(part.isfinite().all()) for part in (*numbers, network.low, network.high))

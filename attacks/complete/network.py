@@ -2,8 +2,8 @@
 
 The model is traced with `torch.fx`. Every operation must be known to be affine (linear, convolution, average pooling,
 batch normalisation at its running statistics, reshaping, normalisation by constants, residual sums) or be a ReLU;
-anything else is refused with a sentence. What was read is run on the images it is asked about and compared with the
-model's own logits, so a wrong reading cannot pass unnoticed.
+anything else is refused with a sentence, and so is an operation that writes over a tensor which is read again later:
+the graph has no notion of shared memory. `verify` runs what was read next to the model itself, as a second guard.
 """
 
 from __future__ import annotations
@@ -41,10 +41,30 @@ _SHAPING: tuple[object, ...] = (
     *("flatten", "view", "reshape", "unsqueeze", "squeeze", "contiguous", "clone", "mean"),
     *(torch.flatten, torch.reshape, torch.mean, functional.avg_pool2d, functional.adaptive_avg_pool2d),
 )
-_SUMS: tuple[object, ...] = (operator.add, operator.iadd, torch.add, "add", operator.sub, torch.sub, "sub")
-_PRODUCTS: tuple[object, ...] = (operator.mul, torch.mul, "mul")
-_QUOTIENTS: tuple[object, ...] = (operator.truediv, torch.div, torch.true_divide, "div")
+_SUMS: tuple[object, ...] = (
+    operator.add,
+    torch.add,
+    "add",
+    operator.sub,
+    torch.sub,
+    "sub",
+    operator.iadd,
+    operator.isub,
+)
+_PRODUCTS: tuple[object, ...] = (operator.mul, torch.mul, "mul", operator.imul)
+_QUOTIENTS: tuple[object, ...] = (operator.truediv, torch.div, torch.true_divide, "div", operator.itruediv)
+_WRITING: dict[object, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
 _WEIGHTED: tuple[object, ...] = (functional.linear, functional.conv2d)
+# What may return its input, or a view of it.
+_SHARING: tuple[object, ...] = (
+    *("flatten", "view", "reshape", "unsqueeze", "squeeze", "contiguous", "float", "double"),
+    *(torch.flatten, torch.reshape, nn.Flatten, nn.Unflatten, nn.Identity),
+)
 # A change of type is what the float64 copy is there to avoid.
 _RETYPING: tuple[object, ...] = ("float", "double")
 
@@ -74,9 +94,11 @@ class ReluNetwork:
         try:
             copied = copy.deepcopy(shared_view(model)).double().requires_grad_(requires_grad=False)
             graph = _Tracer().trace(copied)
+            self._relus = _read(copied, graph)
+        except BoundsError:
+            raise
         except Exception as error:  # tracing runs the model's own code, which may raise anything
             raise BoundsError(f"Complete verification cannot trace this network: {first_line(error)}.") from error
-        self._relus = _read(copied, graph)
         self._module = fx.GraphModule(copied, graph)
         widths: list[int] = []
 
@@ -154,8 +176,30 @@ def _unit_rows(first: int, count: int, like: Tensor) -> Tensor:
     return functional.one_hot(places, count).to(like.dtype)
 
 
+class _Proxy(fx.Proxy):
+    """Records `a += b` as what it is; otherwise Python falls back on `a = a + b`, and the tracer never hears of it."""
+
+    def __iadd__(self, other: object) -> fx.Proxy:
+        return self._written(operator.iadd, other)
+
+    def __isub__(self, other: object) -> fx.Proxy:
+        return self._written(operator.isub, other)
+
+    def __imul__(self, other: object) -> fx.Proxy:
+        return self._written(operator.imul, other)
+
+    def __itruediv__(self, other: object) -> fx.Proxy:
+        return self._written(operator.itruediv, other)
+
+    def _written(self, operation: Callable[..., Any], other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Keeps torchvision's `Normalize` whole: its forward inspects the tensor, which cannot be traced."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return _is_normalize(m) or super().is_leaf_module(m, module_qualified_name)
@@ -174,6 +218,9 @@ class _Runner(fx.Interpreter):
             return self._step(self._places[n.name], self.env[n.all_input_nodes[0]])
         if n.op == "call_method" and n.target in _RETYPING:
             return self.env[n.all_input_nodes[0]]
+        if n.target in _WRITING:
+            # Nobody reads the old value again, but autograd and `step` may still hold it.
+            return _WRITING[n.target](*self.fetch_args_kwargs_from_env(n)[0])
         return super().run_node(n)
 
 
@@ -186,6 +233,7 @@ def _read(model: nn.Module, graph: fx.Graph) -> list[str]:
     relus: list[str] = []
     varying: set[fx.Node] = set()  # tensors that depend on the image
     shapes: set[fx.Node] = set()  # sizes of such tensors, which do not depend on its values
+    memory = _Memory()
     for node in graph.nodes:
         inputs = [item for item in node.all_input_nodes if item in varying]
         if node.op == "placeholder":
@@ -193,20 +241,70 @@ def _read(model: nn.Module, graph: fx.Graph) -> list[str]:
                 raise BoundsError("Complete verification is for networks of one input, the image.")
             varying.add(node)
         elif node.op == "output":
+            memory.read(inputs)
             if len(inputs) != 1 or node.args[0] is not inputs[0]:
                 raise BoundsError("Complete verification is for networks of one output, the logits.")
         elif not inputs:
             if any(item in shapes for item in node.all_input_nodes):
                 shapes.add(node)
-        elif node.target == "size" or (node.target is getattr and node.args[1] in ("shape", "device", "dtype")):
+        elif _is_shape(node):
             shapes.add(node)
         else:
             varying.add(node)
+            memory.follow(model, node, inputs)
             if _is_relu(model, node):
                 relus.append(node.name)
             elif not _is_affine(model, node, inputs):
                 raise BoundsError(f"Complete verification does not know the operation {_name(model, node)}.")
     return relus
+
+
+class _Memory:
+    """Which tensors share memory, and which of them have been written over."""
+
+    def __init__(self) -> None:
+        self._home: dict[fx.Node, fx.Node] = {}
+        self._stale: set[fx.Node] = set()
+
+    def read(self, inputs: list[fx.Node]) -> None:
+        """Refuse, with a BoundsError, to read a tensor that has been written over since it was computed."""
+        if any(item in self._stale for item in inputs):
+            raise BoundsError("Complete verification is not for networks that write over what they read again later.")
+
+    def follow(self, model: nn.Module, node: fx.Node, inputs: list[fx.Node]) -> None:
+        """One more operation on tensors that depend on the image.
+
+        Raises:
+            BoundsError: if it reads a tensor that has been written over, or writes over the image.
+        """
+        self.read(inputs)
+        written = _writes(model, node)
+        source = inputs[0]
+        home = self._home.get(source, source)
+        if written and (home.op == "placeholder" or (node.args and node.args[0] is not source)):
+            raise BoundsError("Complete verification is not for networks that write over their input or a constant.")
+        if written:
+            self._stale |= {home} | {other for other, place in self._home.items() if place is home}
+        shares = written or _kind(model, node) in _SHARING
+        self._home[node] = home if shares else node
+
+
+def _writes(model: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    if node.target is functional.relu:
+        return bool(node.kwargs.get("inplace", node.args[1] if len(node.args) > 1 else False))
+    return node.target in _WRITING or (node.op == "call_method" and node.target == "relu_")
+
+
+def _kind(model: nn.Module, node: fx.Node) -> object:
+    return type(model.get_submodule(str(node.target))) if node.op == "call_module" else node.target
+
+
+def _is_shape(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target == "size"
+    return node.target is getattr and node.args[1] in ("shape", "device", "dtype")
 
 
 def _is_relu(model: nn.Module, node: fx.Node) -> bool:
@@ -216,13 +314,19 @@ def _is_relu(model: nn.Module, node: fx.Node) -> bool:
 
 
 def _is_affine(model: nn.Module, node: fx.Node, inputs: list[fx.Node]) -> bool:
+    if not node.args or any(isinstance(item, fx.Node) and item in inputs for item in node.kwargs.values()):
+        return False
+    if node.kwargs.get("rounding_mode") is not None:
+        return False
     if node.op == "call_module":
         module = model.get_submodule(str(node.target))
+        if "forward" in vars(module):
+            return False
         if type(module) in _NORMALISING:
             return getattr(module, "running_mean", None) is not None
-        return type(module) in _AFFINE_MODULES or _is_normalize(module)
+        return type(module) in _AFFINE_MODULES or (_is_normalize(module) and not getattr(module, "inplace", False))
     if node.target in _SUMS:
-        return True
+        return all(item in node.args for item in inputs)
     if node.target in _PRODUCTS:
         return len(inputs) == 1 and node.args.count(inputs[0]) == 1
     if node.target in _QUOTIENTS or node.target in _WEIGHTED:

@@ -59,7 +59,7 @@ def reduce_to_box(
         memory_bytes: what the matrices may take.
 
     Raises:
-        BoundsError: if they would take more.
+        BoundsError: if they would take more, or a neuron's bounds are not finite.
     """
     found = _empty(lower, upper)
     active: list[Tensor] = []
@@ -75,6 +75,9 @@ def reduce_to_box(
             kept.append(rows[(low[-1] < 0) & (high[-1] > 0)])
             _require_room(found, kept, memory_bytes)
         below, above = torch.cat(low), torch.cat(high)
+        # A bound that is not a number is neither below nor above zero: the neuron would count as inactive.
+        if not bool((below.isfinite() & above.isfinite()).all()):
+            raise BoundsError("Complete verification found a neuron without finite bounds.")
         rows = _joined(kept)
         open_ = ((below < 0) & (above > 0)).nonzero().flatten()
         if layer and len(open_):

@@ -5,8 +5,9 @@ left of the budget goes to that program: see `_program_cost`.
 
 A proof counts as those of `proofs` do: the margins are bounded in float64 on the ball rounded outward, and must exceed
 a tolerance that covers the float32 network. A counter-example is an image of the ball rounded inward which the network
-itself, in float32, misclassifies. Budgets are nodes; nothing depends on time or on which other examples are asked
-about.
+itself, in float32, misclassifies. That what was read is the model is compared at random points of the box and at every
+point where the search asks the model, as a guard beside the refusals of `network`. Budgets are nodes; nothing depends
+on time or on which other examples are asked about.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from robustboard.attacks.complete.mixed_integer import solve
 from robustboard.attacks.complete.network import SAME_FUNCTION, ReluNetwork
 from robustboard.attacks.complete.reduction import Problem, reduce_to_box
 from robustboard.attacks.guards import require_eval
+from robustboard.attacks.keyed import content_hash, generator
 from robustboard.attacks.pgd import ascend
 from robustboard.attacks.proofs import (
     TOLERANCE,
@@ -37,6 +39,7 @@ from robustboard.errors import BoundsError, first_line
 
 BRANCHING, PROGRAM = "complete-bab", "complete-mip"
 METHODS = (BRANCHING, PROGRAM)
+_OTHER_FUNCTION = "Complete verification reads this network as another function than it computes."
 
 # Optimisation steps for every hidden neuron that CROWN leaves unstable.
 _NEURON_ITERATIONS = 20
@@ -47,6 +50,8 @@ _POLISH_STEPS = 20
 # at 60 and 5 s at 72, a factor of ten every 22 neurons, while branch and bound does some 5000 sub-domains a second.
 _PROGRAM_NODES, _PROGRAM_NEURONS, _PROGRAM_PIXELS, _TENFOLD = 25_000, 72, 64, 22
 _HOPELESS_NEURONS = 500
+# Points of each box at which what was read is compared with the model: as many inside as corners.
+_COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,6 @@ class _Settler:
         with torch.no_grad():
             exact = [self.network.logits(point) for point in (image, lower, upper)]
             used = [self.model(point) for point in (image, lower, upper)]
-        self._same_function(exact, used)
         seen, tolerances = seen_margins(exact, used, labels, least=TOLERANCE)
         tolerance = float(tolerances[0])
         targets = tuple(target for target in range(self.classes) if target != label)
@@ -191,8 +195,13 @@ class _Settler:
             iterations=_NEURON_ITERATIONS,
             memory_bytes=self.memory_bytes,
         )
-        search, method = self._search(problem, tolerance, lambda points: self._confirm(points, image, labels))
-        if bool((search.margins > seen[0, list(targets)] + tolerance).any()):
+        least = torch.minimum(seen[0, list(targets)], self._compared(problem, label, _drawn(image, lower, upper)))
+
+        def breaks(points: Tensor) -> Tensor | None:
+            return self._confirm(points, image, labels, problem)
+
+        search, method = self._search(problem, tolerance, breaks)
+        if bool((search.margins > least + tolerance).any()):
             raise BoundsError("Complete verification contradicts the network's own logits, so nothing of it is used.")
         return search, method, tolerance
 
@@ -222,7 +231,7 @@ class _Settler:
                 break
         return search, PROGRAM
 
-    def _confirm(self, points: Tensor, image: Tensor, labels: Tensor) -> Tensor | None:
+    def _confirm(self, points: Tensor, image: Tensor, labels: Tensor, problem: Problem) -> Tensor | None:
         """An image of the ball that the network itself misclassifies, from points of the box or near them."""
         start = points.float().view(-1, *image.shape[1:])
         images, same = image.expand_as(start), labels.expand(len(start))
@@ -232,6 +241,7 @@ class _Settler:
             self.model, images, same, threat=self.threat, start=near, steps=_POLISH_STEPS, step_size=size, loss="margin"
         )
         tried = torch.cat([moved, near])
+        self._compared(problem, int(labels[0]), tried)
         with torch.no_grad():
             logits = self.model(tried)
         own = logits[:, labels[0]]
@@ -240,11 +250,37 @@ class _Settler:
         deepest = int(lead.argmax())
         return tried[deepest] if float(lead[deepest]) > 0 else None
 
-    def _same_function(self, exact: list[Tensor], used: list[Tensor]) -> None:
-        for wide, narrow in zip(exact, used, strict=True):
-            scale = float(wide.abs().max().clamp(min=1.0))
-            if wide.shape != narrow.shape or float((wide - narrow).abs().max()) > SAME_FUNCTION * scale:
-                raise BoundsError("Complete verification reads this network as another function than it computes.")
+    def _compared(self, problem: Problem, label: int, points: Tensor) -> Tensor:
+        """The least margins (T,) of the model at points (N, C, H, W) of the box.
+
+        Raises:
+            BoundsError: if the network that was read, whole or reduced to the box, has others.
+        """
+        with torch.no_grad():
+            exact, used = self.network.logits(points), self.model(points)
+            reduced = problem.network.evaluate(problem.margins, points.flatten(1).double())
+        # Not "larger than": NaN is no agreement either.
+        if used.shape != exact.shape or not bool(((exact - used).abs() <= SAME_FUNCTION * _scale(exact)).all()):
+            raise BoundsError(_OTHER_FUNCTION)
+        margins = exact[:, [label]] - exact[:, list(problem.targets)]
+        if not bool(((margins - reduced).abs() <= SAME_FUNCTION * _scale(exact)).all()):
+            raise BoundsError(_OTHER_FUNCTION)
+        return margins.amin(dim=0)
+
+
+def _scale(logits: Tensor) -> Tensor:
+    return logits.abs().amax(dim=1, keepdim=True).clamp(min=1.0)
+
+
+def _drawn(image: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """The image, the box's two ends, points drawn in the box and corners drawn of it: always the same for one image."""
+    draws = torch.rand(
+        _COMPARED, *image.shape[1:], generator=generator("complete verification", content_hash(image[0].cpu().numpy()))
+    )
+    draws[::2] = draws[::2].round()
+    # Between two float32 numbers, `lerp` may round past the second one.
+    inside = torch.minimum(torch.maximum(torch.lerp(lower, upper, draws.to(lower)), lower), upper)
+    return torch.cat([image, lower, upper, inside])
 
 
 def known_method(name: object) -> str | None:

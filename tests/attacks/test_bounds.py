@@ -20,6 +20,7 @@ from robustboard.attacks import lirpa_compat
 from robustboard.attacks.bound_memory import estimate
 from robustboard.attacks.bounded_network import Ball
 from robustboard.attacks.bounds import METHODS, TOLERANCE, TOLERANCE_FLOAT32, BoundedNetwork, Bounds, certify
+from robustboard.attacks.counting import PassCounter
 from robustboard.attacks.normalisation import ChannelAffine
 from robustboard.attacks.threat import ThreatModel
 from robustboard.errors import BoundsError
@@ -371,11 +372,31 @@ def raising(x: Tensor) -> Tensor:
     raise ValueError("no such layer\nsecond line")
 
 
+def hooked(register: str, function: Callable[..., Any]) -> nn.Module:
+    model = dense(36, 9, 5)
+    getattr(model[1], register)(function)
+    return model
+
+
+def quantised(x: Tensor, mode: str) -> Tensor:
+    return torch.div(x, 0.05, rounding_mode=mode) * 0.05
+
+
 REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "clamped input": (lambda: nn.Sequential(Function(lambda x: x.clamp(0, 1)), *dense(36, 5)), "no bounds for Clip"),
     "step": (lambda: nn.Sequential(*dense(36, 5), Function(torch.sign)), "no bounds for Sign"),
     "gelu": (lambda: nn.Sequential(*dense(36, 9), nn.GELU(), nn.Linear(9, 5)), "no bounds for Erf"),
     "three classes": (lambda: dense(36, 3), r"logits of shape \(3, 3\) for 3 images and 5 classes"),
+    "truncated": (
+        lambda: nn.Sequential(Function(lambda x: quantised(x, "trunc")), *dense(36, 5)),
+        "would bound a rounding",
+    ),
+    "whole numbers": (
+        lambda: nn.Sequential(Function(lambda x: (x * 20).int().float() / 20), *dense(36, 5)),
+        "would bound a rounding",
+    ),
+    "hook": (lambda: hooked("register_forward_hook", lambda *given: given[2].abs()), "forward hooks"),
+    "pre-hook": (lambda: hooked("register_forward_pre_hook", lambda _, given: (given[0].abs(),)), "forward hooks"),
     "raises": (lambda: nn.Sequential(Function(raising), *dense(36, 5)), "ValueError: no such layer"),
     "softmax": (lambda: nn.Sequential(*dense(36, 5), nn.Softmax(dim=1)), "crown bounds of this network failed"),
 }
@@ -532,12 +553,13 @@ def test_the_classifier_is_left_as_it_is(method: str) -> None:
     model[1].bias.requires_grad_(requires_grad=False)
     calls: list[int] = []
     lock = threading.Lock()  # what a progress bar holds, and cannot be copied
-    model.register_forward_hook(lambda *_: calls.append(1) if lock else None)
+    counter = PassCounter(model, on_forward=lambda _: calls.append(1) if lock else None)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = drawn(3)
-    network = BoundedNetwork(model, images[:1], classes=5)
-    lower, upper = LINF.outer_box(images)
-    network.margins(torch.tensor([0, 1, 2]), lower=lower, upper=upper, method=method)
+    with counter:
+        network = BoundedNetwork(model, images[:1], classes=5)
+        lower, upper = LINF.outer_box(images)
+        network.margins(torch.tensor([0, 1, 2]), lower=lower, upper=upper, method=method)
     assert not calls
     assert all(module.training for module in model.modules())
     assert [parameter.requires_grad for parameter in model.parameters()] == [True, False, True, True]

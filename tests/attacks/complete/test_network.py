@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from robustboard.attacks.complete.network import ReluNetwork
 from robustboard.attacks.complete.reduction import reduce_to_box
+from robustboard.attacks.counting import PassCounter
 from robustboard.defenses.architectures import Normalize
 from robustboard.errors import BoundsError
 
@@ -63,7 +65,35 @@ def normalised() -> nn.Sequential:
     return nn.Sequential(Normalize(torch.tensor([0.3]), torch.tensor([0.2])), *dense(64, 8, 6, 5))
 
 
+class InPlace(nn.Module):
+    """The usual residual block: sums and ReLUs in place, of what nobody reads again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.norm, self.relu, self.out = nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Linear(256, 5)
+
+    def forward(self, x):
+        x = self.relu(self.stem(x))
+        out = self.norm(self.inner(x))
+        out += x
+        out *= 0.5
+        return self.out(self.relu(out).flatten(1))
+
+
+def weight_normalised() -> nn.Sequential:
+    model = dense(64, 10, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the hook's successor is a parametrization
+        nn.utils.weight_norm(model[1])
+        nn.utils.spectral_norm(model[3])
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 1, 8, 8))
+    return model
+
+
 NETWORKS = {
+    "in place": InPlace,
     "dense": lambda: dense(64, 10, 8, 5),
     "linear": lambda: dense(64, 5),
     "convolution and batch normalisation": batch_norm,
@@ -131,7 +161,98 @@ class Branches(nn.Module):
         return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
 
 
+class ByName(nn.Module):
+    """The image's features given to an operation by name: the second factor is easily overlooked."""
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return torch.mul(x, other=x)
+
+
+class Truncated(nn.Module):
+    def forward(self, x):
+        return torch.div(x.flatten(1), 0.05, rounding_mode="trunc")
+
+
+class NamedFlatten(nn.Module):
+    def forward(self, x):
+        return torch.flatten(input=x, start_dim=1)
+
+
+class Size(nn.Module):
+    """A layer whose name is that of a tensor's method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = nn.Hardshrink(0.05)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return 0.0 * x + self.size(x)
+
+
+class WritesOverASum(nn.Module):
+    """`other` is the same tensor as `z`, and so is what is added to it."""
+
+    def forward(self, x):
+        other = z = 2.0 * x.flatten(1)
+        z += torch.relu(x.flatten(1) - 0.5)
+        return other
+
+
+class WritesOverAView(nn.Module):
+    def forward(self, x):
+        hidden = x - 0.5
+        kept = hidden.flatten(1)
+        return functional.relu(hidden, inplace=True).flatten(1) + kept
+
+
+class WritesOverItsInput(nn.Module):
+    def forward(self, x):
+        x -= 0.5
+        return x.flatten(1)
+
+
+def written_by_a_layer() -> nn.Module:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            hidden = x.flatten(1) - 0.5
+            return self.relu(hidden) + hidden
+
+    return Net()
+
+
+def hooked(register: str) -> nn.Module:
+    model = dense(64, 5)
+    # `None` leaves everything as it is, but what a hook does cannot be read.
+    getattr(model[1], register)(lambda *_: None)
+    return model
+
+
+def patched() -> nn.Module:
+    model = dense(64, 5)
+    linear = model[1]
+    linear.forward = lambda x: functional.linear(x, linear.weight, linear.bias).abs()
+    return model
+
+
+OVER = "write over what they read again"
 REFUSED = {
+    "a product by name": (ByName(), "mul"),
+    "a division that rounds": (Truncated(), "div"),
+    "flatten by name": (NamedFlatten(), "flatten"),
+    "a layer named size": (Size(), "Hardshrink"),
+    "a sum in place": (WritesOverASum(), OVER),
+    "a view of what is written over": (WritesOverAView(), OVER),
+    "a layer in place": (written_by_a_layer(), OVER),
+    "the image written over": (WritesOverItsInput(), "write over their input"),
+    "a hook": (hooked("register_forward_hook"), "forward hooks"),
+    "a pre-hook": (hooked("register_forward_pre_hook"), "forward hooks"),
+    "a forward of its own": (patched(), "Linear"),
     "max pooling": (nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(18, 5)), "MaxPool2d"),
     "sigmoid": (nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Sigmoid()), "Sigmoid"),
     "leaky": (nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.LeakyReLU()), "LeakyReLU"),
@@ -151,6 +272,40 @@ def test_other_operations_are_refused_by_name(case):
     model, words = REFUSED[case]
     with pytest.raises(BoundsError, match=words):
         ReluNetwork(model.eval(), torch.zeros(1, 1, 8, 8))
+
+
+def test_the_projects_own_counter_is_no_obstacle():
+    model = dense(64, 5).eval()
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with PassCounter(model) as counter:
+        logits = ReluNetwork(model, images[:1]).logits(images)
+    torch.testing.assert_close(logits, model(images).double(), atol=1e-5, rtol=0)
+    assert counter.forwards == 0
+
+
+def test_weights_normalised_by_hooks_are_read():
+    model = weight_normalised()
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(images).double()
+    torch.testing.assert_close(ReluNetwork(model, images[:1]).logits(images), expected, atol=1e-4, rtol=0)
+
+
+def test_a_neuron_without_finite_bounds_is_refused():
+    model = dense(64, 3, 5)
+    with torch.no_grad():
+        model[1].bias[0] = -torch.inf
+    ends = torch.zeros(64, dtype=torch.float64), torch.ones(64, dtype=torch.float64)
+    with pytest.raises(BoundsError, match="without finite bounds"):
+        reduce_to_box(
+            ReluNetwork(model, torch.zeros(1, 1, 8, 8)),
+            *ends,
+            label=0,
+            targets=(1,),
+            classes=5,
+            iterations=0,
+            memory_bytes=1 << 30,
+        )
 
 
 def test_a_network_that_is_too_large_is_refused():

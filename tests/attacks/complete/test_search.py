@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
+from robustboard.attacks.complete import branching
 from robustboard.attacks.complete.branching import Effort, branch_and_bound
-from robustboard.attacks.complete.mixed_integer import solve
+from robustboard.attacks.complete.mixed_integer import Solved, solve
+from robustboard.attacks.complete.relaxation import Rows
 
 TOLERANCE = 1e-3
 SEEDS = range(12)
@@ -102,3 +105,30 @@ def test_the_width_of_the_search_changes_no_answer(answers):
     for tiny, minima in answers[:8]:
         answer = {width: search(tiny, nodes=5000, width=width) for width in (1, 64)}
         assert {found.adversarial is None for found in answer.values()} == {min(minima) > TOLERANCE}
+
+
+@pytest.mark.parametrize(("factor", "bias"), [(1e15, 0.0), (1.0, float("nan")), (1.0, float("inf"))])
+def test_a_program_that_the_solver_cannot_read_proves_nothing(tiny, factor, bias):
+    """scipy gives HiGHS's "model error" the same status as "infeasible"."""
+    problem = tiny(0).problem
+    margins = Rows(factor * problem.margins.inputs, problem.margins.hidden, problem.margins.offset + bias)
+    margins.inputs[:, 0] += factor
+    solved = solve(replace(problem, margins=margins), 0, cutoff=TOLERANCE, nodes=100)
+    assert not solved.proved
+
+
+def test_a_counter_example_of_one_leaf_survives_the_next(tiny, monkeypatch):
+    """Two sub-domains without free neurons are asked about in one round, and only the first one has a point."""
+    problem = tiny(HARD, widths=(4, 20, 20, 2), radius=0.5).problem
+    found = torch.ones(4, dtype=torch.float64)
+    answers = [Solved(proved=False, point=found, nodes=1), Solved(proved=False, point=None, nodes=1)]
+    asked = []
+    monkeypatch.setattr(branching, "solve", lambda *_, **__: asked.append(1) or answers[len(asked) - 1])
+    searcher = branching._Searcher(problem, TOLERANCE, Effort(nodes=100), lambda points: points[0], lambda _: None)
+    phase = torch.ones(len(problem.network), dtype=torch.int8)
+    slopes = torch.zeros(len(problem.network))
+    searcher.waiting = [branching._Domain(float(age), age, 0, phase, slopes, slopes) for age in range(2)]
+    searcher._round()
+    assert torch.equal(searcher.search.adversarial, found)
+    assert len(asked) == 1
+    assert [domain.age for domain in searcher.waiting] == [1]

@@ -209,6 +209,62 @@ def test_a_reading_that_is_another_function_is_refused(toy):
     assert "another function" in found.notes[0]
 
 
+class Bump(nn.Module):
+    """A tracer does not see a dip of the margin that the image and the corners of its ball do not see either."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(1, 2)
+        with torch.no_grad():
+            self.out.weight.zero_()
+            self.out.bias.copy_(torch.tensor([1.0, 0.0]))
+
+    def forward(self, x):
+        x = x.flatten(1)
+        seen = self.out(x)
+        if isinstance(x, torch.fx.Proxy):
+            return seen
+        dip = (x > 0.52) & (x < 0.58)
+        return seen - dip * torch.tensor([2.0, 0.0], dtype=seen.dtype)
+
+
+def test_another_function_inside_the_box_is_refused():
+    image, label = torch.full((1, 1, 1, 1), 0.5), torch.tensor([0])
+    found = settle(Bump().eval(), image, label, threat=LINF, classes=2, nodes=100)
+    assert found.methods == [None]
+    assert "another function" in found.notes[0]
+
+
+def test_points_of_the_search_are_compared_too(toy, monkeypatch):
+    part = toy.part(6)
+    ask = {"threat": LINF, "classes": 10, "nodes": 100}
+    assert settle(part.model, part.images, part.labels, **ask).broken.any()
+    logits = verify.ReluNetwork.logits
+    # Right at the random points, 67 with the image and two corners, and wrong at the search's few.
+    monkeypatch.setattr(
+        verify.ReluNetwork, "logits", lambda self, x: logits(self, x) + (1.0 if 1 < len(x) < 67 else 0.0)
+    )
+    found = settle(part.model, part.images, part.labels, **ask)
+    assert not found.broken.any()
+    assert "another function" in found.notes[0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e9, 1e10, 1e16, 1e20, 1e-8, 1e-9, 1e-10, 1e-14])
+def test_the_scale_of_a_neuron_proves_nothing(scale):
+    """A margin with a dip to -0.01 at 0.55, from neurons whose inputs are of any size."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    with torch.no_grad():
+        model[1].weight.fill_(scale)
+        model[1].bias.copy_(-scale * torch.tensor([0.53, 0.55, 0.57]))
+        model[3].weight.copy_(torch.tensor([[-1.0, 2.0, -1.0], [0.0, 0.0, 0.0]]) / scale)
+        model[3].bias.copy_(torch.tensor([0.01, 0.0]))
+    image = torch.full((1, 1, 1, 1), 0.5)
+    assert int(model(torch.full((1, 1, 1, 1), 0.55)).argmax()) == 1
+    found = settle(model, image, torch.tensor([0]), threat=LINF, classes=2, nodes=2000)
+    assert found.methods == [None]
+    assert found.broken.all()
+
+
 def test_bounds_that_contradict_the_logits_are_not_used(toy, monkeypatch):
     part = toy.part(2)
     search = verify.branch_and_bound
