@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from robustboard.bench import cli_records
-from robustboard.bench.cli_options import AsJson, DataDir, overrides, print_json
+from robustboard.bench.cli_options import AsJson, DataDir, Threads, overrides, print_json
 from robustboard.bench.cli_tables import print_board, print_record
 from robustboard.errors import FindingError, OutputError, RobustBoardError, TrackingError, first_line
 
@@ -134,7 +134,7 @@ def score(
         list[str] | None, typer.Option("--set", metavar="K=V", help="A hyper-parameter; may be repeated.")
     ] = None,
     device: Annotated[str, typer.Option(help="A torch device, such as cpu or cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads for the model [default: all cores].")] = None,
+    threads: Threads = None,
     attack_engine: Annotated[
         Literal["cascade", "reference"],
         typer.Option(help="cascade attacks what is undecided; reference runs AutoAttack on every example."),

@@ -19,7 +19,9 @@ Device = Annotated[str, typer.Option(help="A torch device, such as cpu or cuda."
 Download = Annotated[bool, typer.Option("--download", help="Download data that is not found.")]
 LoadSeconds = Annotated[float, typer.Option(min=1, help="How long a submitted model may take to load.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="A hyper-parameter; may be repeated.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads for the model [default: all cores].")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads for the model [default: all cores, or 1 for images up to 16x16].")
+]
 
 
 def overrides(settings: list[str]) -> dict[str, object]:

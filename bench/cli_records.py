@@ -104,7 +104,6 @@ def curve(
 ) -> None:
     """Trace clean, robust and certified accuracy over a grid of eps, for one network trained at the track's own."""
     from robustboard.bench.curve import Request, run_curve
-    from robustboard.bench.environment import cores
     from robustboard.bench.progress import Bars
     from robustboard.files import require_writable, write_text
     from robustboard.leaderboard.curve_chart import curve_svg
@@ -123,7 +122,7 @@ def curve(
         seed=seed,
         overrides=overrides(settings or []),
         device=device,
-        threads=threads or cores(),
+        threads=threads,
         runs=runs,
         data_dirs=tuple(data_dir or ()),
         download=download,

@@ -30,6 +30,7 @@ from robustboard.attacks.threat import ThreatModel
 from robustboard.bench.crossed_audit import Audit, crossed_audit
 from robustboard.bench.datasets import data_folders, load_dataset
 from robustboard.bench.entrants import find_entrant
+from robustboard.bench.environment import threads_for
 from robustboard.bench.evaluate import THOROUGH, settle
 from robustboard.bench.examiner import Examiner, Floats
 from robustboard.bench.process import LOAD_SECONDS, WorkerProcess
@@ -59,7 +60,7 @@ class Request:
     seed: int = 0
     overrides: dict[str, object] = field(default_factory=dict)
     device: str = "cpu"
-    threads: int = 1
+    threads: int | None = None
     runs: Path = Path("runs")
     data_dirs: tuple[Path, ...] = ()
     download: bool = False
@@ -127,7 +128,8 @@ def run_curve(request: Request, progress: Progress | None = None) -> Curve:
     # The run directory of `score`, so that whichever comes second finds the finished training.
     folder = request.runs / track.id / entrant.info.name / entrant.key
     watched.begin("the model's process", 1)
-    with WorkerProcess(device=request.device, threads=request.threads, load_seconds=request.load_seconds) as worker:
+    threads = request.threads or threads_for(examples.images[0].size)
+    with WorkerProcess(device=request.device, threads=threads, load_seconds=request.load_seconds) as worker:
         brought = entrant.enter(worker, folder, watched)
         traced = trace(worker, track, examples, grid, progress=watched)
     return Curve(

@@ -25,7 +25,7 @@ from torch import nn
 from robustboard.bench.attack_seeds import SeedStudy, study_attack_seeds
 from robustboard.bench.datasets import Dataset, data_folders, from_arrays, load_dataset
 from robustboard.bench.entrants import find_entrant, require_known
-from robustboard.bench.environment import cores
+from robustboard.bench.environment import threads_for
 from robustboard.bench.evaluate import Engine, Evaluation, evaluate
 from robustboard.bench.examiner import Floats
 from robustboard.bench.official import corrupted_images
@@ -53,7 +53,7 @@ class Request:
         seed: the training seed.
         overrides: hyper-parameters by name.
         device: a torch device.
-        threads: of the model's process; None takes every core.
+        threads: of the model's process; None takes every core, or one where images are tiny.
         engine: see `evaluate`.
         complete: see `evaluate`.
         attack_seeds: how many other seeds the attacks are run with on a subset; see `study_attack_seeds`.
@@ -122,7 +122,7 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
     run = f"{run}-complete-{request.complete}" if request.complete else run
     folder = request.run_dir or request.runs / track.id / entrant.info.name / run
     require_writable(folder, f"The run directory {folder}")
-    threads = request.threads or cores()
+    threads = request.threads or threads_for(examples.images[0].size)
     watched.begin("the model's process", 1)
     with WorkerProcess(
         device=request.device, threads=threads, load_seconds=request.load_seconds, workers=workers

@@ -1,0 +1,21 @@
+"""How many threads a model gets by default."""
+
+from __future__ import annotations
+
+from robustboard.bench import environment
+from robustboard.bench.score import Request, score_defense
+
+
+def test_a_model_of_larger_images_gets_every_core(monkeypatch):
+    monkeypatch.setattr(environment, "cores", lambda: 6)
+    assert environment.threads_for(28 * 28) == 6
+    assert environment.threads_for(8 * 8) == 1
+
+
+def test_digits_are_scored_on_one_thread_unless_told_otherwise(tmp_path):
+    def threads(**asked: int) -> int:
+        request = Request(defense="ibp", track="digits-linf@1", n=5, runs=tmp_path, overrides={"epochs": 1}, **asked)
+        return score_defense(request).record.environment.threads
+
+    assert threads() == 1
+    assert threads(threads=2) == 2
