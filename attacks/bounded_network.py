@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from robustboard.attacks import lirpa_compat
+from robustboard.attacks.aliasing import require_no_stale_reads
 from robustboard.attacks.ball_perturbation import ball_in_box
 from robustboard.attacks.bounded_view import casts_hold, patches_hold, separate_examples, share_buffers, shared_view
 from robustboard.attacks.normalisation import split_normalisation
@@ -64,6 +65,7 @@ class BoundedNetwork:
             with self._working():
                 # Drawn, not zero: a mistraced network may agree at zero.
                 probe = torch.rand(3, *self._shape, generator=torch.Generator().manual_seed(0)).to(example)
+                require_no_stale_reads(view, probe[:1])
                 self.patches = self._shape[1] == self._shape[2]
                 self.network = self._build(core, probe[:1])
                 if self.patches and not patches_hold(self.network):
