@@ -1,8 +1,8 @@
 """Networks that write into memory which they read again under another name.
 
-A graph of operations, as tracers record it and as auto_LiRPA and `torch.fx` read it, has no notion of shared memory. In
-`h = dense(x); v = h.view(-1); v += 1; return head(h)` the graph hands the old `h` to the head, so its bounds are those of
-another function. Running the graph's own operations does not show it: they share memory just as the network's do.
+A graph of operations, as tracers record it and as auto_LiRPA and `torch.fx` read it, has no notion of shared memory.
+In `h = dense(x); v = h.view(-1); v += 1; return head(h)` the graph hands the old `h` to the head, so its bounds are
+those of another function. Running its operations does not show it: they share memory just as the network's do.
 """
 
 from __future__ import annotations

@@ -100,9 +100,14 @@ def names() -> tuple[str, ...]:
 
 
 def default_for(image_shape: Shape) -> str:
-    """The network that the methods here use unless they are told another: one that two CPU cores can train."""
+    """The network that the methods here use unless they are told another: one that two CPU cores can train.
+
+    The perceptron of tiny images is as small as complete verification needs it to settle every example in seconds, so
+    that what a method's true robust accuracy is there need not be guessed. One of 256 and 128 neurons is some three
+    points more robust, and a third of its examples stay open.
+    """
     channels, height, width = image_shape
-    return "mlp-256-128" if channels == 1 and height * width <= 256 else "cnn-small"
+    return "mlp-100-50" if channels == 1 and height * width <= 256 else "cnn-small"
 
 
 def channel_statistics(images: Tensor) -> Normalize:

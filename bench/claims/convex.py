@@ -358,7 +358,7 @@ CLAIMS: tuple[PaperClaim, ...] = (
         "all on small problems.",
         paper=(PaperNumber("cost of training", "lower where the problem is small", SUMMARY),),
         data="Breast cancer as above under L2 0.2, the program against pgd-at at its defaults (a perceptron with "
-        "hidden layers of 256 and 128); digits beside it.",
+        "hidden layers of 100 and 50); digits beside it.",
         rule="Reproduced if on breast cancer the program takes less time than PGD training and is not less robust "
         "under PGD (the interval of the difference reaches 0).",
         measure=training_cost,

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
+
 from robustboard.attacks.aliasing import require_no_stale_reads
 from robustboard.attacks.bounds import certify
 from robustboard.attacks.threat import ThreatModel
 from robustboard.errors import BoundsError
-from torch import nn
 
 
 class Network(nn.Module):

@@ -67,7 +67,7 @@ def test_standard_training_is_accurate_and_breaks(digits: tuple[TrainingData, Te
     """Without a defense most digits fall: what the others show is their doing."""
     data, images, labels = digits
     model = fit("standard", data)
-    assert right(model, images, labels).float().mean().item() >= 0.96
+    assert right(model, images, labels).float().mean().item() >= 0.95
     assert survives(model, images, labels) < 0.5
 
 

@@ -187,5 +187,5 @@ def test_defaults_exist_for_every_kind_of_image(name: str, shape: tuple[int, int
     if name == "convex":
         assert (hyper.architecture, hyper.augment) == ("two-layer", False)
         return
-    assert hyper.architecture == ("mlp-256-128" if shape == (1, 8, 8) else "cnn-small")
+    assert hyper.architecture == ("mlp-100-50" if shape == (1, 8, 8) else "cnn-small")
     assert hyper.augment == (shape[0] == 3)
