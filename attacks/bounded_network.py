@@ -198,6 +198,9 @@ class BoundedNetwork:
                 names = sorted({name for line in lines for name in re.findall(r"^Name: (?:onnx::)?([^,]+)", line)})
                 operators = ", ".join(names) or first_line(error)
                 raise BoundsError(f"auto_LiRPA cannot bound this network: it has no bounds for {operators}.") from error
+        if any(type(node).__name__ != "BoundRelu" for node in network.optimizable_activations):
+            # With both, alpha-CROWN of 0.3 fails on a convolution before a sigmoid or a tanh.
+            network.bound_opts["sparse_intermediate_bounds"] = False
         share_buffers(network, core)
         separate_examples(network)
         return network

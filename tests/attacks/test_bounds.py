@@ -79,6 +79,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "max pool": lambda: nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5)
     ),
+    "sigmoid": lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 12), nn.Sigmoid(), nn.Linear(12, 5)),
+    "tanh": lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 5)
+    ),
     "dropout": lambda: nn.Sequential(nn.Flatten(), nn.Linear(36, 9), nn.ReLU(), nn.Dropout(0.5), nn.Linear(9, 5)),
     "dilated": lambda: nn.Sequential(
         *(nn.Conv2d(1, 3, 3, padding=2, dilation=2), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=2, dilation=2), nn.ReLU()),
