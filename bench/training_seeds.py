@@ -30,7 +30,7 @@ def run_training_seeds(request: Request, seeds: Sequence[int], progress: Progres
     spreads = training_spreads(records)
     if not spreads:
         raise DefenseError(f"No training of {request.defense} has a record that is ok, so there is no spread to tell.")
-    (spread,) = spreads
+    (spread,) = spreads.values()
     return spread
 
 

@@ -10,7 +10,9 @@ from typing import Final
 from robustboard.leaderboard.ranking import Board, Entry
 from robustboard.leaderboard.record import Record
 
-_METRICS: Final = ("clean", "pgd", "autoattack", "robust", "certified", "undecided", "corruption")
+_METRICS: Final = (
+    "clean", "pgd", "autoattack", "robust", "certified", "undecided", "corruption", "corruption/robust",
+)  # fmt: skip
 _IDENTITY: Final = (
     "track", "track_hash", "status", "rank", "rank_low", "rank_high", "tie_group",
     "defense", "title", "paper", "year", "kind", "extra_data", "parameters", "n",

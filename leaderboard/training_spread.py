@@ -9,11 +9,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 from robustboard.leaderboard.record import Record, sort_key
 
 METRICS: Final = ("clean", "robust", "certified")
+
+Setting: TypeAlias = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,19 @@ class TrainingSpread:
     left_out: tuple[int, ...] = ()
 
 
-def training_spreads(records: Iterable[Record]) -> list[TrainingSpread]:
+def training_spreads(records: Iterable[Record]) -> dict[Setting, TrainingSpread]:
     """The spread of every group of records that differ in their training seed alone, one or more seeds each.
 
     Records without a training seed (submissions) belong to no group, and those that are not `ok` are left out of
     theirs. Where a seed is there more than once, such as before and after a challenge, the lowest robust accuracy
     counts.
     """
-    groups: dict[tuple[str, ...], dict[int, Record]] = {}
-    doubtful: dict[tuple[str, ...], set[int]] = {}
+    groups: dict[Setting, dict[int, Record]] = {}
+    doubtful: dict[Setting, set[int]] = {}
     for record in sorted(records, key=sort_key):
-        if "training" not in record.seeds:
+        key = setting_of(record)
+        if key is None:
             continue
-        settings = (repr(sorted(values.items())) for values in (record.hyper, record.effort))
-        key = (record.track.id, record.track.hash, record.defense.name, *settings)
         seed = record.seeds["training"]
         if record.status != "ok":
             doubtful.setdefault(key, set()).add(seed)
@@ -73,7 +74,15 @@ def training_spreads(records: Iterable[Record]) -> list[TrainingSpread]:
         by_seed = groups.setdefault(key, {})
         if seed not in by_seed or record.metrics["robust"].value < by_seed[seed].metrics["robust"].value:
             by_seed[seed] = record
-    return [_spread(groups[key], doubtful.get(key, set())) for key in sorted(groups)]
+    return {key: _spread(groups[key], doubtful.get(key, set())) for key in sorted(groups)}
+
+
+def setting_of(record: Record) -> Setting | None:
+    """What the records of one spread have in common; None for a record without a training seed."""
+    if "training" not in record.seeds:
+        return None
+    settings = (repr(sorted(values.items())) for values in (record.hyper, record.effort))
+    return (record.track.id, record.track.hash, record.defense.name, *settings)
 
 
 def _spread(by_seed: dict[int, Record], doubtful: set[int]) -> TrainingSpread:

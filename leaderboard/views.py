@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from pydantic import JsonValue
 
 from robustboard.leaderboard import charts
+from robustboard.leaderboard.corruption import relative_drop
 from robustboard.leaderboard.findings import KEY, Diagnosis, read_diagnosis
 from robustboard.leaderboard.metrics import Metric
 from robustboard.leaderboard.ranking import Board, Entry
 from robustboard.leaderboard.record import Record
+from robustboard.leaderboard.training_spread import Setting, TrainingSpread, setting_of, training_spreads
 
 _NORMS: Final = {"linf": "L∞", "l2": "L2"}
 _COLUMNS: Final = (
@@ -64,6 +66,7 @@ class Row:
         outcomes: the relative path of its outcome table.
         true_low, true_high: where the true robust accuracy lies, in percent; `true_span` is for drawing it.
         stages: finer metrics along the cascade, by what they are called.
+        movements: how the numbers move with what a record holds fixed, as (what, value).
         diagnosis: what the diagnostics of masked gradients found; None where the record has none that can be read.
         diagnostics: everything else under the record's diagnostics, as JSON.
     """
@@ -78,6 +81,7 @@ class Row:
     true_high: str
     true_span: charts.Span
     stages: list[tuple[str, Cell]]
+    movements: list[tuple[str, str]]
     diagnosis: Diagnosis | None
     diagnostics: str
     hyper: list[tuple[str, str]]
@@ -113,6 +117,7 @@ def board_view(board: Board, slug: str) -> BoardView:
     always = {name for name, *_ in _COLUMNS} - {"autoattack", "corruption/robust"}
     measured = {name for record in records for name in record.metrics} | always
     columns = [Column(*column) for column in _COLUMNS if column[0] in measured]
+    spreads = training_spreads(records)
     return BoardView(
         board=board,
         slug=slug,
@@ -120,8 +125,8 @@ def board_view(board: Board, slug: str) -> BoardView:
         facts=list(_facts(content, records)),
         protocol=json.dumps(content, indent=2, ensure_ascii=False),
         columns=columns,
-        rows=[_row(entry.record, entry, slug, columns) for entry in board.entries],
-        apart=[_row(record, None, slug, columns) for record in board.apart],
+        rows=[_row(entry.record, entry, slug, columns, spreads) for entry in board.entries],
+        apart=[_row(record, None, slug, columns, spreads) for record in board.apart],
         csv=f"data/{slug}.csv",
         json=f"data/{slug}.json",
     )
@@ -142,7 +147,13 @@ def _text(value: JsonValue) -> str:
     return str(value) if isinstance(value, str | int | float) else ""
 
 
-def _row(record: Record, entry: Entry | None, slug: str, columns: list[Column]) -> Row:
+def _row(
+    record: Record,
+    entry: Entry | None,
+    slug: str,
+    columns: list[Column],
+    spreads: Mapping[Setting, TrainingSpread],
+) -> Row:
     name = re.sub(r"[^a-z0-9-]+", "-", record.defense.name.lower())[:60]
     anchor = f"{slug}-{name}-{(record.outcomes_sha256 or '')[:8]}{record.checkpoint_sha256[:8]}"
     low, high = record.true_robust
@@ -166,10 +177,30 @@ def _row(record: Record, entry: Entry | None, slug: str, columns: list[Column]) 
         true_high=charts.percent(high),
         true_span=charts.Span(charts.position(low), charts.position(low), charts.position(high)),
         stages=stages,
+        movements=list(_movements(record, spreads)),
         diagnosis=diagnosis,
         diagnostics=json.dumps(others, indent=2, ensure_ascii=False) if others else "",
         hyper=[(key, _plain(value)) for key, value in record.hyper.items()],
     )
+
+
+def _movements(record: Record, spreads: Mapping[Setting, TrainingSpread]) -> Iterator[tuple[str, str]]:
+    if (drop := relative_drop(record.outcomes)) is not None:
+        interval = f"[{charts.percent(drop.low)}, {charts.percent(drop.high)}]"
+        yield "accuracy lost to corruptions, of the clean one", f"{charts.percent(drop.value)} {interval}"
+    if (attacks := record.attack_spread) is not None:
+        yield (
+            f"robust under {len(attacks.seeds)} attack seeds, on {attacks.n:,} of the examples",
+            f"{charts.percent(attacks.min)}\u2013{charts.percent(attacks.max)}, sd {100 * attacks.sd:.2f} points",
+        )
+    setting = setting_of(record)
+    trainings = None if setting is None else spreads.get(setting)
+    if trainings is not None and len(trainings.seeds) > 1:
+        robust = trainings.metrics["robust"]
+        yield (
+            f"robust over {len(trainings.seeds)} training seeds",
+            f"{charts.percent(robust.min)}\u2013{charts.percent(robust.max)}, mean {charts.percent(robust.mean)}",
+        )
 
 
 def _plain(value: object) -> str:

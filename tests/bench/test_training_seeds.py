@@ -51,7 +51,7 @@ def test_seeds_are_scored_once_and_read_afterwards(tmp_path, monkeypatch):
 
 
 def test_without_a_sound_record_there_is_no_spread(monkeypatch):
-    monkeypatch.setattr(training_seeds, "training_spreads", lambda records: [])
+    monkeypatch.setattr(training_seeds, "training_spreads", lambda records: {})
     monkeypatch.setattr(training_seeds, "_finished", lambda request: request)
     with pytest.raises(DefenseError, match="No training of standard has a record that is ok"):
         run_training_seeds(Request(defense="standard", track="digits-linf@1"), [0, 1])

@@ -7,6 +7,7 @@ import io
 import json
 import random
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +56,20 @@ def test_attacks_on_corrupted_images_are_a_column_where_they_were_made(scored: B
     assert f'<span class="v">{100 * attacked.metrics["corruption/robust"].value:.1f}</span>' in page
     assert page.count("not run") == 1
     assert "Corrupted, robust</th>" not in render_site([scored("b")])["index.html"].decode()
+
+
+def test_how_numbers_move_is_said_where_it_was_measured(scored: Build) -> None:
+    """Attack seeds and training seeds are kept apart; one training alone has no spread."""
+    attacks = {"n": 50, "seeds": [0, 1], "values": [0.5, 0.75], "min": 0.5, "max": 0.75, "would_break": 0}
+    spread = {**attacks, "sd": statistics.stdev([0.5, 0.75])}
+    trained = [scored("a", {"hold": hold}, seeds={"training": seed}) for seed, hold in enumerate((0.7, 0.6))]
+    page = render_site([*trained, scored("b", {"seed": 3}, attack_spread=spread)])["index.html"].decode()
+    assert page.count("robust over 2 training seeds") == 2
+    assert "robust under 2 attack seeds, on 50 of the examples" in page
+    assert "50.0–75.0, sd 17.68 points" in page
+    alone = render_site(trained[:1])["index.html"].decode()
+    assert "training seeds" not in alone
+    assert "attack seeds" not in alone
 
 
 def test_bounds_that_did_not_run_are_not_printed_as_zero(scored: Build, make_table: Callable[..., object]) -> None:
