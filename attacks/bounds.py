@@ -24,7 +24,6 @@ from robustboard.attacks.proofs import (
     nothing_known,
     out_of_memory,
     outer_radius,
-    rounded_down,
     seen_margins,
 )
 from robustboard.attacks.quadratic import QuadraticNetwork
@@ -133,7 +132,7 @@ class _Judge:
         while len(waiting):
             now = waiting[:chunk]
             try:
-                margins, certified = self._judge_chunk(images[now], labels[now])
+                margins, tolerance = self._judge_chunk(images[now], labels[now])
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
@@ -141,8 +140,7 @@ class _Judge:
                     raise BoundsError(f"{self.method} bounds of one example do not fit in memory here.") from error
                 chunk = max(1, len(now) // 2)
                 continue
-            bounds.margins[now] = margins.to(labels.device)
-            bounds.certified[now] = certified.to(labels.device)
+            bounds.enter(now, margins, tolerance)
             waiting = waiting[len(now) :]
             tell(len(now))
         return bounds
@@ -163,7 +161,7 @@ class _Judge:
                 f"The {self.method} bounds contradict the network's own logits, so none of them is used; "
                 "auto_LiRPA bounds one of its operators wrongly."
             )
-        return rounded_down(margins), margins.amin(dim=1) > tolerance
+        return margins, tolerance
 
     def _seen(self, points: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():

@@ -24,7 +24,6 @@ from robustboard.attacks.proofs import (
     correctly_classified,
     nothing_known,
     outer_radius,
-    rounded_down,
     seen_margins,
 )
 from robustboard.attacks.quadratic import MarginForms, QuadraticNetwork, margin_forms
@@ -121,9 +120,7 @@ def _quadratic(
     judge = _Judge(model, device, _exact(network), threat)
     for label in sorted(set(labels[correct].tolist())):
         for rows in torch.split((correct & (labels == label)).nonzero().flatten(), LARGEST_BATCH):
-            margins, certified = judge.judge(images[rows].cpu(), label)
-            bounds.margins[rows] = margins.to(labels.device)
-            bounds.certified[rows] = certified.to(labels.device)
+            bounds.enter(rows, *judge.judge(images[rows].cpu(), label))
             tell(len(rows))
     return bounds
 
@@ -138,7 +135,7 @@ class _Judge:
     threat: ThreatModel
 
     def judge(self, images: Tensor, label: int) -> tuple[Tensor, Tensor]:
-        """The margins (N, K) of examples of one class, rounded down, and which examples they certify, (N,)."""
+        """The margins (N, K) of examples of one class, and each example's tolerance (N,)."""
         lower, upper = self.threat.outer_box(images)
         seen, tolerance = self._seen([images] if self.threat.norm == "l2" else [images, lower, upper], label)
         margins = torch.full_like(seen, torch.inf)
@@ -154,7 +151,7 @@ class _Judge:
             margins[:, part] = found.T.nan_to_num(nan=-torch.inf)
         if bool((margins > seen + tolerance[:, None]).any()):
             raise BoundsError("The quadratic bounds contradict the network's own logits, so none of them is used.")
-        return rounded_down(margins), margins.amin(dim=1) > tolerance
+        return margins, tolerance
 
     def _seen(self, points: list[Tensor], label: int) -> tuple[Tensor, Tensor]:
         """The smallest margins (N, K) at some allowed points, and each example's tolerance (N,)."""

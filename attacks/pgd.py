@@ -6,6 +6,7 @@ the worst case over all of them for each example.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -76,6 +77,8 @@ def pgd(
     restarts: int,
     step_size: float,
     losses: Sequence[str] = ("ce", "margin", "dlr"),
+    skip: int = 0,
+    take: int | None = None,
 ) -> Tensor:
     """The worst case over losses and random restarts, for each example.
 
@@ -94,6 +97,8 @@ def pgd(
         restarts: runs a loss, each from a random start of its own.
         step_size: the length of a step in pixel units of [0, 1].
         losses: names in `LOSSES`; those that the number of classes does not admit (DLR for two) are left out.
+        skip: how many of the runs, which go loss by loss, are left out at the beginning.
+        take: how many of the others are run; None for all.
 
     Returns:
         For each example the first misclassified point, or else the point with the largest margin loss; every one
@@ -116,13 +121,13 @@ def pgd(
             f"None of the losses {', '.join(losses) or '(none)'} suits {search.classes} classes; try margin."
         )
     draw = keyed.uniform if threat.norm == "linf" else keyed.normal
-    for name in usable:
-        for restart in range(restarts):
-            todo = search.unbroken()
-            if not len(todo):
-                return search.best
-            noise = draw([keys[i] for i in todo.tolist()], images.shape[1:], seed, "pgd", name, restart)
-            search.run(todo, threat.start(images[todo], noise.to(images.device)), objectives[name], steps)
+    runs = list(itertools.product(usable, range(restarts)))[skip:]
+    for name, restart in runs[:take]:
+        todo = search.unbroken()
+        if not len(todo):
+            break
+        noise = draw([keys[i] for i in todo.tolist()], images.shape[1:], seed, "pgd", name, restart)
+        search.run(todo, threat.start(images[todo], noise.to(images.device)), objectives[name], steps)
     return search.best
 
 

@@ -38,6 +38,7 @@ class Bounds:
         margins: float32 (N, K), rounded down: a lower bound on z_y - z_j over the threat model, +inf at j = y, and -inf
             where nothing is known (also for every class of an example that is misclassified as it stands).
         certified: bool (N,): classified correctly, and every margin exceeds the example's tolerance.
+        excluded: bool (N, K): the classes other than y whose margin does; no attack can reach them.
         tolerance: the least tolerance, relative to max(1, largest logit); see the module's text.
         reason: one sentence that says why nothing is known, or None.
         notes: sentences that say what the bounds leave out, such as the pixel box of an L2 ball.
@@ -45,9 +46,23 @@ class Bounds:
 
     margins: Tensor
     certified: Tensor
+    excluded: Tensor
     tolerance: float
     reason: str | None
     notes: tuple[str, ...] = ()
+
+    def enter(self, rows: Tensor, margins: Tensor, tolerance: Tensor) -> None:
+        """Enter what was found of some examples.
+
+        Args:
+            rows: which, int64 (R,).
+            margins: (R, K) in the type they were computed in, +inf at the label.
+            tolerance: (R,), each example's.
+        """
+        proved = margins > tolerance[:, None]
+        self.margins[rows] = rounded_down(margins).to(self.margins.device)
+        self.excluded[rows] = (proved & margins.isfinite()).to(self.margins.device)
+        self.certified[rows] = proved.all(dim=1).to(self.margins.device)
 
 
 def nothing_known(
@@ -57,7 +72,8 @@ def nothing_known(
     margins = torch.full((len(labels), classes), -torch.inf, device=labels.device)
     margins = margins.scatter(1, labels[:, None], torch.inf)
     certified = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
-    return Bounds(margins, certified, tolerance, reason, notes)
+    excluded = torch.zeros_like(margins, dtype=torch.bool)
+    return Bounds(margins, certified, excluded, tolerance, reason, notes)
 
 
 def correctly_classified(model: nn.Module, images: Tensor, labels: Tensor, device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from robustboard.attacks.keyed import derive_seed
-from robustboard.bench.evaluate import attack
+from robustboard.bench.cascade import attack
 from robustboard.bench.examiner import Examiner, Floats
 from robustboard.bench.protocol import Examples, Track
 from robustboard.bench.session import Session

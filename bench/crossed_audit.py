@@ -1,20 +1,25 @@
 """The crossed audit: broken examples are bounded and certified ones attacked, though the cascade had settled both.
 
 The cascade never bounds what it has broken and never attacks what it has certified, so a wrong bound or attack could
-not show. Here both are tried against each other: every broken example is bounded, and of the certified ones those with
-the smallest margins and a sample keyed by their content are attacked with all of AutoAttack. No contradiction in n
-checks leaves at most 3/n of such checks wrong, with 95 % confidence (the rule of three).
+not show. Here both are tried against each other. Of the broken examples all are bounded by intervals, and a keyed
+sample by every method; of the certified ones those with the smallest margins and a keyed sample are attacked by APGD,
+untargeted and towards the likeliest classes, though these are proven out of reach. FAB and Square are left out: they
+are most of the cascade's passes, and a network of which anything is proven does not hide its gradients. No
+contradiction in n checks leaves at most 3/n of such checks wrong, with 95 % confidence (the rule of three).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from robustboard.attacks import autoattack, keyed
-from robustboard.bench.examiner import REFERENCE_FORWARDS, Examiner
-from robustboard.bench.verdicts import Contradiction, Flags, Verdicts
+from robustboard.attacks import keyed
+from robustboard.attacks.kernels import standard
+from robustboard.bench.examiner import Examiner
+from robustboard.bench.verdicts import Contradiction, Flags, Rows, Verdicts
 
 
 @dataclass
@@ -22,8 +27,8 @@ class Audit:
     """What the crossed audit did.
 
     Attributes:
-        broken_bounded: broken examples that at least one bound method could bound.
-        certified_attacked: certified examples on which every attack was tried.
+        broken_bounded: broken examples on which every bound method was tried, and at least one could bound.
+        certified_attacked: certified examples that were attacked.
         contradictions: what it found; a publishable record has none.
     """
 
@@ -32,13 +37,17 @@ class Audit:
     contradictions: list[Contradiction] = field(default_factory=list)
 
 
+# Bounds may cost more than the attack that broke an example, so of many only these are bounded by every method.
+_LEAST_BOUNDED, _SHARE_BOUNDED = 5, 0.01
+_ON_ALL = "ibp"
+_ATTACKS, _TARGETS = ("apgd_ce", "apgd_t"), 3
 # Complete verification that is right proves nothing of a broken example whatever its budget; this finds one that errs
 # in its bounds, its reading of the network or its first splits.
 _COMPLETE_NODES = 64
 
 
 def crossed_audit(examiner: Examiner, verdicts: Verdicts, *, all_attacked: bool, complete: bool = False) -> Audit:
-    """Try every bound on what is broken, and AutoAttack on a part of what is certified.
+    """Try bounds on what is broken, and attacks on a part of what is certified.
 
     Args:
         examiner: puts the questions.
@@ -60,15 +69,18 @@ def crossed_audit(examiner: Examiner, verdicts: Verdicts, *, all_attacked: bool,
 def _bound_the_broken(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> None:
     methods = examiner.bound_methods
     bounded = np.zeros(len(verdicts.labels), dtype=bool)
-    examiner.progress.begin("audit: bounds", int(verdicts.broken.sum()) * len(methods))
+    broken = np.flatnonzero(verdicts.broken)
+    count = max(_LEAST_BOUNDED, math.ceil(_SHARE_BOUNDED * len(broken)))
+    sample = _flags(_drawn(examiner, broken)[:count], len(bounded))
+    examiner.progress.begin("audit: bounds", int(sample.sum()) * len(methods))
     for method in methods:
-        for _, rows in examiner.shards(verdicts.broken):
-            certified, margins = examiner.certify("audit", method, rows)
-            bounded[rows] |= np.isfinite(margins).any(axis=1)
-            for row in rows[certified]:
+        for _, rows in examiner.shards(verdicts.broken if method == _ON_ALL else sample):
+            proofs = examiner.certify("audit", method, rows)
+            bounded[rows] |= np.isfinite(proofs.margins).any(axis=1)
+            for row in rows[proofs.certified]:
                 audit.contradictions.append(Contradiction(int(row), method, verdicts.broken_by[row] or ""))
-            examiner.progress.advance(len(rows))
-    audit.broken_bounded = int(bounded.sum())
+            examiner.progress.advance(int(sample[rows].sum()))
+    audit.broken_bounded = int((bounded & sample).sum())
 
 
 def _verify_the_broken(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> None:
@@ -85,10 +97,9 @@ def _verify_the_broken(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> 
 def _attack_the_certified(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> None:
     alive = _sample(examiner, verdicts)
     audit.certified_attacked = int(alive.sum())
-    attacks = autoattack.applicable(examiner.examples.classes)
-    for attack in attacks:
-        examiner.progress.begin(f"audit: {attack}", int(alive.sum()) * REFERENCE_FORWARDS[attack])
-        for rows, broken, _ in examiner.autoattack("audit", attack, alive.copy()):
+    for attack in _ATTACKS:
+        examiner.progress.begin(f"audit: {attack}", int(alive.sum()) * standard.FORWARDS[attack])
+        for rows, broken, _ in examiner.attack("audit", attack, alive.copy(), most=_TARGETS):
             for row in rows[broken]:
                 audit.contradictions.append(Contradiction(int(row), verdicts.certified_by[row] or "", attack))
             alive[rows[broken]] = False
@@ -100,8 +111,16 @@ def _sample(examiner: Examiner, verdicts: Verdicts) -> Flags:
     certified = np.flatnonzero(verdicts.certified)
     by_margin = certified[np.argsort(verdicts.margins[certified], kind="stable")]
     near, rest = by_margin[: settings.smallest_margins], by_margin[settings.smallest_margins :]
-    drawn = sorted(rest, key=lambda row: keyed.derive_seed("audit", examiner.examples.hashes[row]))
-    chosen = np.zeros(len(verdicts.labels), dtype=bool)
-    chosen[near] = True
-    chosen[drawn[: settings.certified_sample]] = True
+    drawn = _drawn(examiner, rest)[: settings.certified_sample]
+    return _flags([*near, *drawn], len(verdicts.labels))
+
+
+def _drawn(examiner: Examiner, rows: Rows) -> list[np.int64]:
+    """`rows` in an order that depends on the content of each alone."""
+    return sorted(rows, key=lambda row: keyed.derive_seed("audit", examiner.examples.hashes[row]))
+
+
+def _flags(rows: Sequence[np.int64], count: int) -> Flags:
+    chosen = np.zeros(count, dtype=bool)
+    chosen[np.array(rows, dtype=np.int64)] = True
     return chosen

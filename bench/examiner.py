@@ -20,6 +20,7 @@ import torch
 from robustboard.attacks import own_certificates
 from robustboard.attacks.complete import verify
 from robustboard.attacks.engine_warnings import EngineWarning, read_warnings
+from robustboard.attacks.kernels.apgd import TARGETS
 from robustboard.bench.channel import Array
 from robustboard.bench.operations import Reply
 from robustboard.bench.protocol import Examples, Track
@@ -69,6 +70,21 @@ class CompleteAnswer:
     found: Floats
     methods: list[str | None]
     margins: Floats
+
+
+@dataclass(frozen=True)
+class Proofs:
+    """What a bound method says of some rows.
+
+    Attributes:
+        certified: (N,), which of them it proves.
+        margins: lower bounds (N, K) on their margins.
+        excluded: (N, K), the classes that it proves out of reach.
+    """
+
+    certified: Flags
+    margins: Floats
+    excluded: Flags
 
 
 class _Budget:
@@ -173,8 +189,8 @@ class Examiner:
         predicted: npt.NDArray[np.int64] = logits.argmax(axis=1)
         return predicted
 
-    def pgd(self, stage: str, rows: Rows) -> Floats:
-        """PGD's perturbed images for `rows` of one shard."""
+    def pgd(self, stage: str, rows: Rows, *, skip: int = 0, take: int | None = None) -> Floats:
+        """PGD's perturbed images for `rows` of one shard; `skip` and `take` choose among its runs."""
         pgd = self.track.attacks.pgd
         settings = {
             **self._threat_settings(),
@@ -184,8 +200,42 @@ class Examiner:
             "restarts": pgd.restarts,
             "step_size": float(pgd.step) * self.threat.radius,
             "losses": list(pgd.losses_for(self.examples.classes)),
+            "skip": skip,
+            "take": take,
         }
         return self.perturbed(self._call(stage, "pgd", settings, self._rows(rows), bar=True), rows)
+
+    def attack(
+        self, stage: str, attack: str, wanted: Flags, *, targets: Flags | None = None, most: int = TARGETS
+    ) -> Iterator[tuple[Rows, Flags, Floats]]:
+        """One of the board's own attacks on the rows that are wanted, from whichever shards, many at a time.
+
+        Args:
+            stage: where its cost is entered.
+            attack: one of `robustboard.attacks.kernels.standard.STAGES`.
+            wanted: (N,).
+            targets: (N, K), the classes worth a try; None for all.
+            most: how many classes targeted attacks try.
+
+        Yields:
+            Rows of one shard, which of them are broken, and their perturbed images.
+        """
+        found = self.images.copy()
+        places = np.flatnonzero(wanted)
+        for begin in range(0, len(places), self.track.batch_size):
+            rows = places[begin : begin + self.track.batch_size]
+            settings = {
+                **self._threat_settings(),
+                "stage": attack,
+                "keys": [self.examples.hashes[row] for row in rows],
+                "seed": self.track.attacks.autoattack.seed,
+                "most": most,
+            }
+            open_ = np.ones((len(rows), self.examples.classes), dtype=bool) if targets is None else targets[rows]
+            reply = self._call(stage, "attack", settings, {**self._rows(rows), "targets": open_}, bar=True)
+            found[rows] = self.perturbed(reply, rows)
+        for shard, rows in self.shards(wanted):
+            yield rows, self.confirm(stage, attack, shard, rows, found[rows]), found[rows]
 
     def autoattack(self, stage: str, attack: str, wanted: Flags) -> Iterator[tuple[Rows, Flags, Floats]]:
         """One of the reference engine's attacks on the rows that are wanted.
@@ -216,8 +266,8 @@ class Examiner:
         self.warnings += read_warnings(attack, reply.texts("warnings"))
         return self.perturbed(reply, rows)
 
-    def certify(self, stage: str, method: str, rows: Rows) -> tuple[Flags, Floats]:
-        """Which of `rows` of one shard a method proves, and the lower bounds (len(rows), K) on their margins."""
+    def certify(self, stage: str, method: str, rows: Rows) -> Proofs:
+        """What a method proves of `rows` of one shard."""
         settings = {
             **self._threat_settings(),
             "method": method,
@@ -226,9 +276,9 @@ class Examiner:
             "memory_bytes": self.track.bounds.memory_mebibytes << 20,
         }
         reply = self._call(stage, "certify", settings, self._rows(rows))
-        certified, margins = self._bounds_of(reply, method, rows)
-        self.bounding[method] = self.bounding.get(method, False) or bool(np.isfinite(margins).any())
-        return certified, margins
+        proofs = self._proofs_of(reply, method, rows)
+        self.bounding[method] = self.bounding.get(method, False) or bool(np.isfinite(proofs.margins).any())
+        return proofs
 
     def complete(self, stage: str, rows: Rows, nodes: int) -> CompleteAnswer | None:
         """Complete verification of `rows` of one shard, `nodes` sub-domains each; None where the network has none."""
@@ -248,7 +298,7 @@ class Examiner:
             reply = self.session.call("complete", settings, self._rows(one), on_forwards=done.advance)
             done.finish()
             self.costs[stage].add(reply)
-            certified, lower = self._bounds_of(reply, "complete", one)
+            proofs = self._proofs_of(reply, "complete", one)
             if reply.values.get("reason") is not None:
                 if self.verified:
                     raise WorkerError(
@@ -259,21 +309,23 @@ class Examiner:
             self.verified = True
             answer.found[place] = self.perturbed(reply, one)[0]
             names = [verify.known_method(name) for name in reply.listed("methods")]
-            if len(names) != 1 or (certified[0] and names[0] is None):
+            if len(names) != 1 or (proofs.certified[0] and names[0] is None):
                 raise WorkerError("The model's process did not say how it verified an example; the run stops.")
-            answer.methods[place] = names[0] if certified[0] else None
-            margins.append(lower)
+            answer.methods[place] = names[0] if proofs.certified[0] else None
+            margins.append(proofs.margins)
         return replace(answer, margins=np.concatenate(margins))
 
-    def _bounds_of(self, reply: Reply, method: str, rows: Rows) -> tuple[Flags, Floats]:
+    def _proofs_of(self, reply: Reply, method: str, rows: Rows) -> Proofs:
         """What a reply proves about `rows`; its notes go to `notes`."""
         new = [note for note in reply.texts("notes") if note not in self.notes]
         self.notes += new[: max(0, _MOST_NOTES - len(self.notes))]
         certified = reply.array("certified", np.bool_, (len(rows),)).astype(bool)
-        margins = reply.array("margins", np.floating, (len(rows), self.examples.classes)).astype(np.float32)
+        square = len(rows), self.examples.classes
+        margins = reply.array("margins", np.floating, square).astype(np.float32)
+        excluded = reply.array("excluded", np.bool_, square).astype(bool)
         if np.isnan(margins[certified]).any():
             raise WorkerError(f"The model's process returned {method} bounds that are no numbers; they are not used.")
-        return certified, margins
+        return Proofs(certified, margins, excluded)
 
     def measure(self, stage: str, name: str, rows: Rows) -> Reply:
         """A measurement of `robustboard.bench.measures` on `rows`, whichever shards they are of.

@@ -23,6 +23,7 @@ from robustboard.attacks import autoattack, bounds, own_certificates
 from robustboard.attacks.complete import verify
 from robustboard.attacks.counting import PassCounter
 from robustboard.attacks.gradient_checks import FiniteGradients
+from robustboard.attacks.kernels import standard
 from robustboard.attacks.pgd import pgd
 from robustboard.attacks.proofs import out_of_memory
 from robustboard.attacks.threat import ThreatModel
@@ -133,6 +134,7 @@ class Operations:
             "predict": self._predict,
             "pgd": self._pgd,
             "reference_checks": self._reference_checks,
+            "attack": self._attack,
             "autoattack": self._autoattack,
             "certify": self._certify,
             "measure": self._measure,
@@ -196,6 +198,24 @@ class Operations:
             restarts=params["restarts"],
             step_size=params["step_size"],
             losses=tuple(params["losses"]),
+            skip=params["skip"],
+            take=params["take"],
+        )
+        return Reply({}, {"adversarial": adversarial.cpu().numpy()})
+
+    def _attack(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
+        """One of the board's own attacks."""
+        images, labels = self._images(arrays)
+        adversarial = standard.run(
+            params["stage"],
+            self._target,
+            images,
+            labels,
+            threat=_threat(params),
+            keys=params["keys"],
+            seed=params["seed"],
+            targets=self._tensor(arrays["targets"]),
+            most=params["most"],
         )
         return Reply({}, {"adversarial": adversarial.cpu().numpy()})
 
@@ -237,7 +257,11 @@ class Operations:
             )
         return Reply(
             {"notes": [*([result.reason] if result.reason else []), *result.notes]},
-            {"margins": result.margins.cpu().numpy(), "certified": result.certified.cpu().numpy()},
+            {
+                "margins": result.margins.cpu().numpy(),
+                "certified": result.certified.cpu().numpy(),
+                "excluded": result.excluded.cpu().numpy(),
+            },
         )
 
     def _measure(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
@@ -267,6 +291,7 @@ class Operations:
                 "adversarial": found.adversarial.cpu().numpy(),
                 "margins": found.bounds.margins.cpu().numpy(),
                 "certified": found.bounds.certified.cpu().numpy(),
+                "excluded": found.bounds.excluded.cpu().numpy(),
             },
         )
 

@@ -23,10 +23,11 @@ from safetensors.numpy import save as to_safetensors
 from torch import nn
 
 from robustboard.bench.attack_seeds import SeedStudy, study_attack_seeds
+from robustboard.bench.cascade import Engine
 from robustboard.bench.datasets import Dataset, data_folders, from_arrays, load_dataset
 from robustboard.bench.entrants import find_entrant, require_known
 from robustboard.bench.environment import threads_for
-from robustboard.bench.evaluate import Engine, Evaluation, evaluate
+from robustboard.bench.evaluate import Evaluation, evaluate
 from robustboard.bench.examiner import Floats
 from robustboard.bench.official import corrupted_images
 from robustboard.bench.perturbed_file import write_perturbed

@@ -38,6 +38,7 @@ class Verdicts:
         survived: for each attack a nullable column; true is still correct, null is not run. Complete verification has
             one when it ran.
         autoattack: whether the example survived the reference engine; null where that did not run in full.
+        excluded: (N, K), the classes that are proven out of each example's reach; None before any bound.
         adversarial: the perturbed image that broke an example, by row.
         corrupted: by column, which corrupted images are classified correctly.
         robust_corrupted: by column, which corrupted images were attacked, and which of these held.
@@ -51,6 +52,7 @@ class Verdicts:
     broken_by: list[str | None] = field(init=False)
     certified_by: list[str | None] = field(init=False)
     margins: npt.NDArray[np.float64] = field(init=False)
+    excluded: Flags | None = field(init=False, default=None)
     adversarial: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)
     corrupted: dict[str, Flags] = field(default_factory=dict)
     robust_corrupted: dict[str, tuple[Flags, Flags]] = field(default_factory=dict)
@@ -97,6 +99,12 @@ class Verdicts:
         for row, lower in zip(rows[certified], margins[certified].min(axis=1), strict=True):
             self.certified_by[row] = method
             self.margins[row] = lower
+
+    def exclude(self, rows: Rows, classes: Flags) -> None:
+        """Enter that `classes`, (len(rows), K), are proven out of reach of `rows`."""
+        if self.excluded is None:
+            self.excluded = np.zeros((len(self.labels), classes.shape[1]), dtype=bool)
+        self.excluded[rows] |= classes
 
     def contradictions(self) -> list[Contradiction]:
         """The examples that are both certified and broken."""

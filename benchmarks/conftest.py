@@ -1,13 +1,67 @@
-"""Prints what a benchmark measured beside its time: pytest-benchmark keeps that for its JSON only."""
+"""Prints what a benchmark measured beside its time, and writes it to a page: pytest-benchmark keeps it for its JSON."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
+
+from robustboard.bench.environment import cores, machine, package_versions, python_version
+
+HEAD = """# Performance
+
+This page is written by `make bench`. Each line is one network: the whole verdict (contract, attacks, IBP, CROWN-IBP
+and CROWN bounds, crossed audit; no diagnostics and no corruptions) beside unmodified AutoAttack alone, at the best of
+its batch sizes, one of theirs before each of ours, one thread, medians of {rounds} runs. `ratio` is their time over
+ours. Passes are examples forward and backward through the network. AutoAttack draws with seed 0; examples are the
+track's first n.
+
+Made with {what}.
+
+| network | n | AutoAttack s | ours s | ratio | AutoAttack passes | our passes | AutoAttack | ours: robust | certified |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+FOOT = """
+Where our time went, in seconds of the last run:
+
+"""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The page to write."""
+    parser.addoption("--page", type=Path, default=None, help="write the ratios as Markdown to this file")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """One line a benchmark."""
+    """One line a benchmark, and the page."""
     session = getattr(config, "_benchmarksession", None)
-    for benchmark in session.benchmarks if session else ():
+    measured = [benchmark for benchmark in (session.benchmarks if session else ()) if benchmark.extra_info]
+    for benchmark in measured:
         values = ", ".join(f"{name} {value}" for name, value in benchmark.extra_info.items())
         terminalreporter.write_line(f"{benchmark.name}: {values}")
+    page = config.getoption("--page")
+    if page is not None and measured:
+        page.write_text(_page([benchmark.extra_info for benchmark in measured]), encoding="utf-8")
+        terminalreporter.write_line(f"Written to {page}.")
+
+
+def _page(found: list[dict[str, Any]]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
+    what = f"Python {python_version()}, torch {torch.__version__}, {versions} on {machine()}, {cores()} cores"
+    lines = []
+    for one in found:
+        theirs = _passes(one["autoattack_forwards"], one["autoattack_backwards"])
+        ours = _passes(one["ours_forwards"], one["ours_backwards"])
+        seconds = f"{one['autoattack_seconds']} | {one['ours_seconds']} | {one['ratio']}"
+        shares = " | ".join(f"{one[name]:.1%}" for name in ("autoattack", "robust", "certified"))
+        lines.append(f"| {one['case']} | {one['n']} | {seconds} | {theirs} | {ours} | {shares} |")
+    stages = [f"- {one['case']}: {', '.join(f'{name} {s}' for name, s in one['stages'].items())}" for one in found]
+    return (
+        HEAD.format(rounds=found[0]["rounds"], what=what) + "\n".join([*lines, FOOT.rstrip("\n"), "", *stages]) + "\n"
+    )
+
+
+def _passes(forwards: int, backwards: int) -> str:
+    return f"{forwards:,} + {backwards:,}"

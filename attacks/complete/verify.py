@@ -32,7 +32,6 @@ from robustboard.attacks.proofs import (
     correctly_classified,
     nothing_known,
     out_of_memory,
-    rounded_down,
     seen_margins,
 )
 from robustboard.attacks.threat import ThreatModel
@@ -151,9 +150,10 @@ def _settle_row(settler: _Settler, found: Settled, image: Tensor, label: int, ro
         found.adversarial[row], found.broken[row] = search.adversarial.to(found.adversarial), True
         return
     targets = [target for target in range(settler.classes) if target != label]
-    found.bounds.margins[row, targets] = rounded_down(search.margins).to(found.bounds.margins)
-    if bool((search.margins > tolerance).all()):
-        found.bounds.certified[row] = True
+    margins = search.margins.new_full((1, settler.classes), torch.inf)
+    margins[0, targets] = search.margins
+    found.bounds.enter(torch.tensor([row]), margins, search.margins.new_tensor([tolerance]))
+    if bool(found.bounds.certified[row]):
         found.methods[row] = method
     elif search.reason is not None:
         _note(found, f"Complete verification left examples open because {search.reason}.")
@@ -319,5 +319,5 @@ def _note(found: Settled, sentence: str) -> None:
 
 
 def _nothing(found: Settled, reason: str) -> Settled:
-    bounds = Bounds(found.bounds.margins, found.bounds.certified, found.bounds.tolerance, reason)
+    bounds = replace(found.bounds, reason=reason)
     return Settled(bounds, found.methods, found.adversarial, found.broken, found.nodes, [reason])

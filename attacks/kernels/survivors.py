@@ -42,10 +42,13 @@ class Survivors:
 
     def left(self) -> Tensor:
         """The indices of those that no image has broken yet, int64."""
-        return (~self.broken).nonzero().flatten()
+        indices: Tensor = (~self.broken).nonzero().flatten()
+        return indices
 
     def note(self, rows: Tensor, points: Tensor, logits: Tensor) -> Tensor:
         """Keep the images `points` of `rows` that are misclassified, and say which of them are not, bool (R,).
+
+        Of an example that is noted more than once, the first image is kept.
 
         Raises:
             ModelError: if a logit is not a finite number.
@@ -53,8 +56,8 @@ class Survivors:
         require_logits(logits, self.labels[rows])
         held = logits.argmax(dim=1) == self.labels[rows]
         if not bool(held.all()):
-            fallen = rows[~held]
-            self.adversarial[fallen], self.broken[fallen] = points.detach()[~held], True
+            new = ~held & ~self.broken[rows]
+            self.adversarial[rows[new]], self.broken[rows[new]] = points.detach()[new], True
         return held
 
     def rounds(self, targets: Tensor | None, most: int) -> Iterator[tuple[Tensor, Tensor]]:

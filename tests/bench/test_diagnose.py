@@ -17,10 +17,11 @@ from torch import nn
 
 from robustboard.attacks.threat import ThreatModel
 from robustboard.bench import surrogates as surrogates_module
+from robustboard.bench.cascade import _clean, _pgd
 from robustboard.bench.crossed_audit import Audit
 from robustboard.bench.datasets import load_dataset
 from robustboard.bench.diagnose import breaks_contract, chosen_rows, diagnose
-from robustboard.bench.evaluate import _clean, _gate, _pgd, evaluate
+from robustboard.bench.evaluate import _gate, evaluate
 from robustboard.bench.examiner import Examiner
 from robustboard.bench.masks import MASKS
 from robustboard.bench.measures import MEASURES
@@ -77,7 +78,7 @@ def _examined(model: nn.Module, digits) -> tuple[Examiner, Verdicts]:
     verdicts = Verdicts(examples.hashes, examples.labels)
     examiner.check()
     _clean(examiner, verdicts)
-    _pgd(examiner, verdicts)
+    _pgd(examiner, verdicts, verdicts.clean, skip=0, take=None)
     return examiner, verdicts
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import robustboard
-from robustboard.attacks import autoattack, bounds
+from robustboard.attacks import bounds
+from robustboard.attacks.kernels import standard
 from robustboard.attacks.keyed import content_hash
 from robustboard.attacks.threat import ThreatModel
 from robustboard.bench import operations, verdicts
@@ -88,7 +89,7 @@ def test_the_sandwich_holds(record):
 
 
 def test_the_audit_crosses_what_the_cascade_skipped(record):
-    assert record.audit.broken_bounded == (record.outcomes["verdict"] == "broken").sum()
+    assert record.audit.broken_bounded == min(5, (record.outcomes["verdict"] == "broken").sum())
     assert record.audit.certified_attacked == min(120, (record.outcomes["verdict"] == "certified").sum())
     checks = record.audit.broken_bounded + record.audit.certified_attacked
     assert record.audit.upper_limit == pytest.approx(3 / checks)
@@ -248,8 +249,8 @@ def _hidden() -> nn.Module:
 
 def _quick(operation: str, monkeypatch):
     """A run that is short and asks for the operation; complete verification is asked where nothing else proves."""
-    if operation != "autoattack":
-        monkeypatch.setattr(autoattack, "applicable", lambda classes: ())
+    if operation != "attack":
+        monkeypatch.setattr(standard, "STAGES", ())
     if operation == "complete":
         monkeypatch.setattr(verdicts.Verdicts, "bounded", _none_but_complete(verdicts.Verdicts.bounded))
     return _track(n=8, attacks={"pgd": {"steps": 1, "restarts": 1}}, bounds={"methods": ["ibp"]})
@@ -267,7 +268,7 @@ def _none_but_complete(bounded):
     [
         *[
             (operation, _silent)
-            for operation in ("check", "reference_checks", "predict", "pgd", "certify", "autoattack", "complete")
+            for operation in ("check", "reference_checks", "predict", "pgd", "certify", "attack", "complete")
         ],
         ("check", _told(behaviour=None)),
         ("check", _told(own_bounds="all")),
@@ -279,13 +280,14 @@ def _none_but_complete(bounded):
         ("reference_checks", _told(warnings=None)),
         ("reference_checks", _told(warnings=[1, 2])),
         ("reference_checks", _told(warnings=["x" * 10_000])),
-        ("autoattack", _told(warnings={})),
+        ("attack", _sent("adversarial", lambda images: images[:, :, 1:])),
         ("predict", _sent("logits", lambda logits: logits > 0)),
         ("pgd", _sent("adversarial", lambda images: images.astype(np.float64))),
         ("pgd", _sent("adversarial", lambda images: images[1:])),
         ("certify", _told(notes=None)),
         ("certify", _sent("certified", lambda certified: certified.astype(np.float32))),
         ("certify", _sent("margins", lambda margins: margins[:, 1:])),
+        ("certify", _sent("excluded", lambda excluded: excluded[:, 1:])),
         ("complete", _told(notes=[None])),
         ("complete", _told(methods=[])),
     ],
@@ -301,8 +303,8 @@ def test_an_answer_that_makes_no_sense_is_one_sentence(operation, change, monkey
 
 def test_bounds_that_are_no_numbers_certify_nothing(monkeypatch):
     def nothing(reply: Reply) -> Reply:
-        arrays = {"margins": reply.arrays["margins"] * np.nan, "certified": np.ones_like(reply.arrays["certified"])}
-        return replace(reply, arrays=arrays)
+        lies = {"margins": reply.arrays["margins"] * np.nan, "certified": np.ones_like(reply.arrays["certified"])}
+        return replace(reply, arrays={**reply.arrays, **lies})
 
     _lying(monkeypatch, "certify", nothing)
     with pytest.raises(WorkerError, match="no numbers"):
@@ -310,7 +312,7 @@ def test_bounds_that_are_no_numbers_certify_nothing(monkeypatch):
 
 
 def test_more_notes_than_a_record_holds_are_left_out(monkeypatch):
-    monkeypatch.setattr(autoattack, "applicable", lambda classes: ())
+    monkeypatch.setattr(standard, "STAGES", ())
     _lying(monkeypatch, "certify", _told(notes=[f"Note {number}." for number in range(500)]))
     record = robustboard.score(Net(), track=_track(), data=DATA)
     assert 10 < len(record.notes) <= 100
