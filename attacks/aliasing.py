@@ -45,11 +45,11 @@ def require_no_stale_reads(model: nn.Module, images: Tensor) -> None:
         model(images)
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every operation: which tensor was made when, and who wrote last into which memory."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._now = 0
         # The tensors themselves are kept, so that neither an id nor an address is used twice.
         self._made: dict[int, tuple[int, Tensor]] = {}

@@ -105,7 +105,7 @@ def apgd_targeted(
     survivors = Survivors(model, images, labels)
     for rows, classes in survivors.rounds(targets, most):
         starts = torch.empty_like(images[rows])
-        for target in classes.unique().tolist():
+        for target in sorted(set(classes.tolist())):
             chosen = classes == target
             starts[chosen] = _starts(survivors, rows[chosen], threat, keys, (seed, "apgd-t", target))
         pairs = torch.stack([labels[rows], classes], dim=1)
@@ -285,4 +285,5 @@ class _Move:
         flat = gradient.flatten(1)
         flat = flat / flat.abs().amax(dim=1, keepdim=True).clamp(min=tiny)
         length = torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=tiny)
-        return (flat / length).view_as(gradient)
+        unit: Tensor = (flat / length).view_as(gradient)
+        return unit
