@@ -25,7 +25,7 @@ from robustboard.attacks.attack_comparisons import RESCALED
 from robustboard.bench import measures
 from robustboard.leaderboard.findings import Diagnosis, Finding
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 EXAMPLES: Final = 64
 """How many correctly classified examples are looked at: those of the smallest keyed hash."""
@@ -199,7 +199,7 @@ TABLE: Final[tuple[Diagnostic, ...]] = (
         decides=True,
         speaks=_more("dead", "alive"),
         fact=lambda e: (
-            f"Of {e['alive']} pixels at exactly 0 or 1 that have a gradient a thousandth inside, {e['dead']} have none "
+            f"Of {e['alive']} pixels at exactly 0 or 1 that have a gradient a millionth inside, {e['dead']} have none "
             "at the face itself"
         ),
         means="an attack never moves those pixels off black and white",

@@ -165,3 +165,11 @@ def test_a_logit_scale_is_a_finite_number_or_refused(size: float) -> None:
     else:
         with pytest.raises(ModelError, match="not finite numbers"):
             logit_scale(Huge(), images)
+
+
+def test_a_threshold_that_was_learned_is_no_clamp(toy: Any) -> None:
+    """FGSM training on MNIST ends in such a network: dead at black, alive a hundred-thousandth further in."""
+    learned = Changed(toy.model, lambda x: (x - 5e-6).relu())
+    assert face_gradients(learned, toy.images, toy.labels).dead == 0
+    black = toy.images == 0
+    assert not input_gradients(learned, toy.images, toy.labels, loss=margin_loss)[black].any()
