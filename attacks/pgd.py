@@ -77,8 +77,7 @@ def pgd(
     restarts: int,
     step_size: float,
     losses: Sequence[str] = ("ce", "margin", "dlr"),
-    skip: int = 0,
-    take: int | None = None,
+    runs: Sequence[int] | None = None,
 ) -> Tensor:
     """The worst case over losses and random restarts, for each example.
 
@@ -97,8 +96,7 @@ def pgd(
         restarts: runs a loss, each from a random start of its own.
         step_size: the length of a step in pixel units of [0, 1].
         losses: names in `LOSSES`; those that the number of classes does not admit (DLR for two) are left out.
-        skip: how many of the runs, which go loss by loss, are left out at the beginning.
-        take: how many of the others are run; None for all.
+        runs: the places of those to run among all runs, which go loss by loss; None for all.
 
     Returns:
         For each example the first misclassified point, or else the point with the largest margin loss; every one
@@ -121,8 +119,8 @@ def pgd(
             f"None of the losses {', '.join(losses) or '(none)'} suits {search.classes} classes; try margin."
         )
     draw = keyed.uniform if threat.norm == "linf" else keyed.normal
-    runs = list(itertools.product(usable, range(restarts)))[skip:]
-    for name, restart in runs[:take]:
+    every = list(itertools.product(usable, range(restarts)))
+    for name, restart in every if runs is None else [every[place] for place in runs]:
         todo = search.unbroken()
         if not len(todo):
             break

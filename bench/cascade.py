@@ -6,6 +6,7 @@ and a class that is proven out of reach no targeted attack.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,7 +59,7 @@ def judge(examiner: Examiner, verdicts: Verdicts, *, engine: Engine = "cascade",
     _clean(examiner, verdicts)
     examiner.progress.begin("reference checks", 1)
     examiner.reference_checks()
-    _first_look(examiner, verdicts)
+    _first_look(examiner, verdicts, verdicts.clean)
     _bounds(examiner, verdicts)
     if engine == "reference":
         _autoattack(examiner, verdicts)
@@ -77,19 +78,31 @@ def _clean(examiner: Examiner, verdicts: Verdicts) -> None:
         examiner.progress.advance(len(shard))
 
 
-def _first_look(examiner: Examiner, verdicts: Verdicts) -> None:
-    """The first of PGD's runs on everything: the cheapest attack takes what is easy, and bounds get the rest."""
-    _pgd(examiner, verdicts, verdicts.clean, skip=0, take=1)
+def _first_look(examiner: Examiner, verdicts: Verdicts, wanted: Flags) -> None:
+    """One of PGD's runs: the cheapest attack takes what is easy, and bounds get the rest."""
+    _pgd(examiner, verdicts, wanted, _first_run(examiner))
 
 
-def _pgd(examiner: Examiner, verdicts: Verdicts, wanted: Flags, *, skip: int, take: int | None) -> None:
+def _first_run(examiner: Examiner) -> range:
+    """The first with the margin loss, which large logits do not blind as they do cross-entropy."""
     pgd = examiner.track.attacks.pgd
-    runs = range(pgd.restarts * len(pgd.losses_for(examiner.examples.classes)))[skip:][:take]
+    losses = pgd.losses_for(examiner.examples.classes)
+    first = pgd.restarts * losses.index("margin") if "margin" in losses else 0
+    return range(first, first + 1)
+
+
+def _other_runs(examiner: Examiner) -> list[int]:
+    pgd = examiner.track.attacks.pgd
+    every = range(pgd.restarts * len(pgd.losses_for(examiner.examples.classes)))
+    return [run for run in every if run not in _first_run(examiner)]
+
+
+def _pgd(examiner: Examiner, verdicts: Verdicts, wanted: Flags, runs: Sequence[int]) -> None:
     if not runs:
         return
-    examiner.progress.begin("PGD", int(wanted.sum()) * len(runs) * pgd.steps)
+    examiner.progress.begin("PGD", int(wanted.sum()) * len(runs) * examiner.track.attacks.pgd.steps)
     for shard, rows in examiner.shards(wanted):
-        found = examiner.pgd("pgd", rows, skip=skip, take=take)
+        found = examiner.pgd("pgd", rows, runs=runs)
         verdicts.attacked("pgd", rows, examiner.confirm("pgd", "PGD", shard, rows, found), found)
 
 
@@ -105,7 +118,7 @@ def _bounds(examiner: Examiner, verdicts: Verdicts) -> None:
 
 def _attacks(examiner: Examiner, verdicts: Verdicts, *, spared: Flags | None = None) -> None:
     """What is left of PGD and then the board's own attacks, each on what is still open."""
-    _pgd(examiner, verdicts, verdicts.open, skip=1, take=None)
+    _pgd(examiner, verdicts, verdicts.open, _other_runs(examiner))
     for attack in standard.STAGES:
         wanted = verdicts.open & ~spared if spared is not None and attack in THOROUGH else verdicts.open
         before = verdicts.open.mean()
@@ -119,7 +132,7 @@ def _attacks(examiner: Examiner, verdicts: Verdicts, *, spared: Flags | None = N
 
 def _autoattack(examiner: Examiner, verdicts: Verdicts) -> None:
     """AutoAttack itself, on every correctly classified example."""
-    _pgd(examiner, verdicts, verdicts.open, skip=1, take=None)
+    _pgd(examiner, verdicts, verdicts.open, _other_runs(examiner))
     attacks = autoattack.applicable(examiner.examples.classes)
     alive = verdicts.clean.copy()
     for attack in attacks:
@@ -161,7 +174,7 @@ def _complete(examiner: Examiner, verdicts: Verdicts, nodes: int) -> tuple[str, 
 
 def attack(examiner: Examiner, verdicts: Verdicts) -> None:
     """The attacks alone, in the cascade's order, on what is clean and not certified."""
-    _pgd(examiner, verdicts, verdicts.open, skip=0, take=1)
+    _first_look(examiner, verdicts, verdicts.open)
     _attacks(examiner, verdicts)
 
 
@@ -175,7 +188,7 @@ def settle(examiner: Examiner, verdicts: Verdicts, *, unbounded: Flags, spared: 
         spared: (N,), the examples that the attacks of `THOROUGH` pass over.
     """
     judged = verdicts.clean
-    _first_look(examiner, verdicts)
+    _first_look(examiner, verdicts, verdicts.clean)
     # Bounds take what is open, and what is not clean is not open.
     verdicts.clean = judged & ~unbounded
     _bounds(examiner, verdicts)

@@ -9,7 +9,7 @@ thread.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -189,8 +189,8 @@ class Examiner:
         predicted: npt.NDArray[np.int64] = logits.argmax(axis=1)
         return predicted
 
-    def pgd(self, stage: str, rows: Rows, *, skip: int = 0, take: int | None = None) -> Floats:
-        """PGD's perturbed images for `rows` of one shard; `skip` and `take` choose among its runs."""
+    def pgd(self, stage: str, rows: Rows, *, runs: Sequence[int] | None = None) -> Floats:
+        """PGD's perturbed images for `rows` of one shard; `runs` chooses among its runs, None takes all."""
         pgd = self.track.attacks.pgd
         settings = {
             **self._threat_settings(),
@@ -200,8 +200,7 @@ class Examiner:
             "restarts": pgd.restarts,
             "step_size": float(pgd.step) * self.threat.radius,
             "losses": list(pgd.losses_for(self.examples.classes)),
-            "skip": skip,
-            "take": take,
+            "runs": None if runs is None else list(runs),
         }
         return self.perturbed(self._call(stage, "pgd", settings, self._rows(rows), bar=True), rows)
 
@@ -267,7 +266,7 @@ class Examiner:
         return self.perturbed(reply, rows)
 
     def certify(self, stage: str, method: str, rows: Rows) -> Proofs:
-        """What a method proves of `rows` of one shard."""
+        """What a method proves of `rows`, whichever shards they are of."""
         settings = {
             **self._threat_settings(),
             "method": method,

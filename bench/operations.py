@@ -24,6 +24,7 @@ from robustboard.attacks.complete import verify
 from robustboard.attacks.counting import PassCounter
 from robustboard.attacks.gradient_checks import FiniteGradients
 from robustboard.attacks.kernels import standard
+from robustboard.attacks.kernels.batches import examples_at_a_time
 from robustboard.attacks.pgd import pgd
 from robustboard.attacks.proofs import out_of_memory
 from robustboard.attacks.threat import ThreatModel
@@ -186,38 +187,49 @@ class Operations:
         return Reply({}, {"logits": logits.float().cpu().numpy()})
 
     def _pgd(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
-        images, labels = self._images(arrays)
-        adversarial = pgd(
-            self._target,
-            images,
-            labels,
-            threat=_threat(params),
-            keys=params["keys"],
-            seed=params["seed"],
-            steps=params["steps"],
-            restarts=params["restarts"],
-            step_size=params["step_size"],
-            losses=tuple(params["losses"]),
-            skip=params["skip"],
-            take=params["take"],
-        )
-        return Reply({}, {"adversarial": adversarial.cpu().numpy()})
+        def attack(images: Tensor, labels: Tensor, rows: slice) -> Tensor:
+            return pgd(
+                self._target,
+                images,
+                labels,
+                threat=_threat(params),
+                keys=params["keys"][rows],
+                seed=params["seed"],
+                steps=params["steps"],
+                restarts=params["restarts"],
+                step_size=params["step_size"],
+                losses=tuple(params["losses"]),
+                runs=params["runs"],
+            )
+
+        return self._in_parts(attack, arrays)
 
     def _attack(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
         """One of the board's own attacks."""
+        targets = self._tensor(arrays["targets"])
+
+        def attack(images: Tensor, labels: Tensor, rows: slice) -> Tensor:
+            return standard.run(
+                params["stage"],
+                self._target,
+                images,
+                labels,
+                threat=_threat(params),
+                keys=params["keys"][rows],
+                seed=params["seed"],
+                targets=targets[rows],
+                most=params["most"],
+            )
+
+        return self._in_parts(attack, arrays)
+
+    def _in_parts(self, attack: Callable[[Tensor, Tensor, slice], Tensor], arrays: Mapping[str, Array]) -> Reply:
+        """What an attack finds on images (N, C, H, W), as many at a time as suits the device."""
         images, labels = self._images(arrays)
-        adversarial = standard.run(
-            params["stage"],
-            self._target,
-            images,
-            labels,
-            threat=_threat(params),
-            keys=params["keys"],
-            seed=params["seed"],
-            targets=self._tensor(arrays["targets"]),
-            most=params["most"],
-        )
-        return Reply({}, {"adversarial": adversarial.cpu().numpy()})
+        size = examples_at_a_time(self._model, images[:1]) if len(images) else 1
+        parts = [slice(first, first + size) for first in range(0, len(images), size)]
+        found = [attack(images[rows], labels[rows], rows) for rows in parts]
+        return Reply({}, {"adversarial": torch.cat([*found, images[:0]]).cpu().numpy()})
 
     def _reference_checks(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
         images, labels = self._images(arrays)

@@ -78,7 +78,8 @@ def _examined(model: nn.Module, digits) -> tuple[Examiner, Verdicts]:
     verdicts = Verdicts(examples.hashes, examples.labels)
     examiner.check()
     _clean(examiner, verdicts)
-    _pgd(examiner, verdicts, verdicts.clean, skip=0, take=None)
+    pgd = track.attacks.pgd
+    _pgd(examiner, verdicts, verdicts.clean, range(pgd.restarts * len(pgd.losses)))
     return examiner, verdicts
 
 
