@@ -38,7 +38,7 @@ class Audit:
 
 
 # Bounds may cost more than the attack that broke an example, so of many only these are bounded by every method.
-_LEAST_BOUNDED, _SHARE_BOUNDED = 5, 0.01
+_LEAST_BOUNDED, _SHARE_BOUNDED = 5, 0.005
 _ATTACKS, _TARGETS = ("apgd_ce", "apgd_t"), 1
 # Complete verification that is right proves nothing of a broken example whatever its budget; this finds one that errs
 # in its bounds, its reading of the network or its first splits.
