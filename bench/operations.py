@@ -25,6 +25,7 @@ from robustboard.attacks.counting import PassCounter
 from robustboard.attacks.gradient_checks import FiniteGradients
 from robustboard.attacks.kernels import standard
 from robustboard.attacks.kernels.batches import examples_at_a_time
+from robustboard.attacks.kernels.strided import quick_input_gradients
 from robustboard.attacks.pgd import pgd
 from robustboard.attacks.proofs import out_of_memory
 from robustboard.attacks.threat import ThreatModel
@@ -228,7 +229,8 @@ class Operations:
         images, labels = self._images(arrays)
         size = examples_at_a_time(self._model, images[:1]) if len(images) else 1
         parts = [slice(first, first + size) for first in range(0, len(images), size)]
-        found = [attack(images[rows], labels[rows], rows) for rows in parts]
+        with quick_input_gradients(self._model):
+            found = [attack(images[rows], labels[rows], rows) for rows in parts]
         return Reply({}, {"adversarial": torch.cat([*found, images[:0]]).cpu().numpy()})
 
     def _reference_checks(self, params: Mapping[str, Any], arrays: Mapping[str, Array]) -> Reply:
