@@ -37,7 +37,7 @@ def quick_input_gradients(model: nn.Module) -> Iterator[None]:
     exchanged = [module for module in model.modules() if _suits(module)]
     try:
         for parameter in frozen:
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad_(False)
         for module in exchanged:
             module.__class__ = _QuickConv2d
         yield
@@ -46,7 +46,7 @@ def quick_input_gradients(model: nn.Module) -> Iterator[None]:
             module.__class__ = nn.Conv2d
             vars(module).pop(_KERNELS, None)
         for parameter in frozen:
-            parameter.requires_grad_(requires_grad=True)
+            parameter.requires_grad_(True)
 
 
 def _suits(module: nn.Module) -> bool:
@@ -66,25 +66,24 @@ class _QuickConv2d(nn.Conv2d):
         # Whoever thaws the weights wants their gradients, which the routine here does not give.
         wanted = torch.is_grad_enabled() and input.requires_grad and not weight.requires_grad and input.dim() == 4
         if not wanted:
-            return super()._conv_forward(input, weight, bias)
+            plain: Tensor = super()._conv_forward(input, weight, bias)
+            return plain
         kernels = vars(self).get(_KERNELS)
         if kernels is None:
             padding = int(self.padding[0]), int(self.padding[1])
             kernels = vars(self)[_KERNELS] = Phases(weight.detach(), self.stride[0], padding)
-        found: Tensor = _StridedConv.apply(input, weight, bias, kernels)  # type: ignore[no-untyped-call]
+        found: Tensor = _StridedConv.apply(input, weight, bias, kernels)
         return found
 
 
 class _StridedConv(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, kernels: Phases
-    ) -> Tensor:
+    def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor | None, kernels: Phases) -> Tensor:
         ctx.kernels, ctx.size = kernels, images.shape[-2:]
         return functional.conv2d(images, weight, bias, kernels.stride, kernels.padding)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.kernels.input_gradient(gradient, ctx.size), None, None, None
 
 
