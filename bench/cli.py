@@ -18,7 +18,20 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from robustboard.bench import cli_records
-from robustboard.bench.cli_options import AsJson, DataDir, Threads, overrides, print_json
+from robustboard.bench.cli_options import (
+    AsJson,
+    DataDir,
+    Defense,
+    Device,
+    Download,
+    LoadSeconds,
+    Seed,
+    Settings,
+    Threads,
+    TrackId,
+    overrides,
+    print_json,
+)
 from robustboard.bench.cli_tables import print_board, print_record
 from robustboard.errors import FindingError, OutputError, RobustBoardError, TrackingError, first_line
 
@@ -84,11 +97,11 @@ def tracks(*, as_json: AsJson = False) -> None:
 @app.command(epilog="Example: robustboard corruptions --track cifar10-q75-linf@2 --out sheet.png")
 def corruptions(
     *,
-    track: Annotated[str, typer.Option(help="An id from `robustboard tracks`, or the path of your own TOML.")],
+    track: TrackId,
     out: Annotated[Path, typer.Option("--out", help="The PNG file to write.")] = Path("corruptions.png"),
     example: Annotated[int, typer.Option(min=0, help="Which example is shown, in the track's order.")] = 0,
     data_dir: DataDir = None,
-    download: Annotated[bool, typer.Option("--download", help="Download data that is not found.")] = False,
+    download: Download = False,
 ) -> None:
     """Draw a sheet of a track's corruptions: a row for each, a column for each severity."""
     from robustboard.bench.contact_sheet import contact_sheet
@@ -123,17 +136,15 @@ def defenses(*, as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: robustboard score pgd-at --track digits-linf@1")
 def score(
-    defense: Annotated[str, typer.Argument(help="A name from `robustboard defenses`, or the path of a defense.toml.")],
+    defense: Defense,
     *,
-    track: Annotated[str, typer.Option(help="An id from `robustboard tracks`, or the path of your own TOML.")],
+    track: TrackId,
     n: Annotated[
         int | None, typer.Option(min=1, help="Judge only the first N examples (another track id, if it has more).")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The training seed.")] = 0,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="K=V", help="A hyper-parameter; may be repeated.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="A torch device, such as cpu or cuda.")] = "cpu",
+    seed: Seed = 0,
+    settings: Settings = None,
+    device: Device = "cpu",
     threads: Threads = None,
     attack_engine: Annotated[
         Literal["cascade", "reference"],
@@ -155,8 +166,8 @@ def score(
     mlflow: Mlflow = None,
     no_mlflow: Annotated[bool, typer.Option("--no-mlflow", help="Write the run directory only.")] = False,
     data_dir: DataDir = None,
-    download: Annotated[bool, typer.Option("--download", help="Download data that is not found.")] = False,
-    load_seconds: Annotated[float, typer.Option(min=1, help="How long a submitted model may take to load.")] = 60.0,
+    download: Download = False,
+    load_seconds: LoadSeconds = 60.0,
     as_json: AsJson = False,
 ) -> None:
     """Train or load one defense, judge it on a track, and write its record."""
@@ -281,9 +292,9 @@ def claims(
     verify: Annotated[
         list[str] | None, typer.Option("--verify", metavar="ID", help="Measure a claim, or a method's, anew.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The training seed.")] = 0,
+    seed: Seed = 0,
     threads: Annotated[int, typer.Option(min=1, help="Threads for training and scoring.")] = 1,
-    device: Annotated[str, typer.Option(help="A torch device, such as cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     runs: Annotated[Path, typer.Option("--runs", help="Folder of trainings, which are reused.")] = Path("runs/claims"),
     out: Annotated[Path | None, typer.Option("--out", help="Folder for new results [default: RUNS/results].")] = None,
     data_dir: DataDir = None,

@@ -15,13 +15,16 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard out
 DataDir = Annotated[
     list[Path] | None, typer.Option("--data-dir", help="A folder to look for data in; may be repeated.")
 ]
+Defense = Annotated[str, typer.Argument(help="A name from `robustboard defenses`, or the path of a defense.toml.")]
 Device = Annotated[str, typer.Option(help="A torch device, such as cpu or cuda.")]
 Download = Annotated[bool, typer.Option("--download", help="Download data that is not found.")]
 LoadSeconds = Annotated[float, typer.Option(min=1, help="How long a submitted model may take to load.")]
+Seed = Annotated[int, typer.Option(min=0, help="The training seed.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="A hyper-parameter; may be repeated.")]
 Threads = Annotated[
     int | None, typer.Option(min=1, help="Threads for the model [default: all cores, or 1 for images up to 16x16].")
 ]
+TrackId = Annotated[str, typer.Option("--track", help="An id from `robustboard tracks`, or the path of your own TOML.")]
 
 
 def overrides(settings: list[str]) -> dict[str, object]:

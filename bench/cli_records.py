@@ -16,11 +16,14 @@ from rich.table import Table
 from robustboard.bench.cli_options import (
     AsJson,
     DataDir,
+    Defense,
     Device,
     Download,
     LoadSeconds,
+    Seed,
     Settings,
     Threads,
+    TrackId,
     overrides,
     print_json,
 )
@@ -80,9 +83,9 @@ def compare(
 
 
 def curve(
-    defense: Annotated[str, typer.Argument(help="A name from `robustboard defenses`, or the path of a defense.toml.")],
+    defense: Defense,
     *,
-    track: Annotated[str, typer.Option(help="An id from `robustboard tracks`, or the path of your own TOML.")],
+    track: TrackId,
     eps: Annotated[
         str, typer.Option(metavar="EPS,...", help="Radii [default: quarters of the track's own, up to twice it].")
     ] = "",
@@ -90,7 +93,7 @@ def curve(
         list[Path] | None, typer.Option("--out", help="A .svg or .json file to write; may be repeated.")
     ] = None,
     n: Annotated[int | None, typer.Option(min=1, help="Judge only the first N examples.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The training seed.")] = 0,
+    seed: Seed = 0,
     settings: Settings = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -198,7 +201,7 @@ def targets(
 def seeds(
     defense: Annotated[str, typer.Argument(help="A name from `robustboard defenses`.")],
     *,
-    track: Annotated[str, typer.Option(help="An id from `robustboard tracks`, or the path of your own TOML.")],
+    track: TrackId,
     numbers: Annotated[str, typer.Option("--seeds", metavar="S,...", help="Training seeds.")] = "0,1,2",
     n: Annotated[
         int | None, typer.Option(min=1, help="Judge only the first N examples (another track id, if it has more).")
