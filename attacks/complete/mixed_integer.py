@@ -19,7 +19,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from robustboard.attacks.complete.reduction import Problem
-from robustboard.attacks.complete.relaxation import Reduced, Rows
+from robustboard.attacks.complete.relaxation import Ranges, Reduced, Rows
 
 # scipy's status 2 is HiGHS's "infeasible", but also its "model error": the message tells them apart.
 _INFEASIBLE = 2
@@ -42,13 +42,13 @@ class Solved:
     nodes: int
 
 
-def solve(problem: Problem, target: int, *, phase: Tensor | None = None, cutoff: float, nodes: int) -> Solved:
+def solve(problem: Problem, target: int, *, ranges: Ranges | None = None, cutoff: float, nodes: int) -> Solved:
     """Minimise one margin of a problem.
 
     Args:
         problem: the network on its box.
         target: the row of the margin.
-        phase: int8 (n,), the split neurons as in `relaxation.bound`; None for the whole box.
+        ranges: one sub-domain, (n,), of which the known signs count; None for the whole box.
         cutoff: margins above this are of no interest. It must exceed what is to be proved by more than the solver's
             feasibility tolerance, which is 1e-6.
         nodes: the work budget, in the solver's nodes.
@@ -57,7 +57,7 @@ def solve(problem: Problem, target: int, *, phase: Tensor | None = None, cutoff:
     if not _finite(network, objective):
         return Solved(proved=False, point=None, nodes=0)
     pixels, units = len(network.lower), len(network)
-    fixed = np.zeros(units) if phase is None else phase.cpu().numpy()
+    fixed = np.zeros(units) if ranges is None else _signs(ranges)
     low, high = network.low.cpu().numpy(), network.high.cpu().numpy()
     low, high = np.where(fixed > 0, 0.0, low), np.where(fixed < 0, 0.0, high)
     p, q, r = (part.cpu().numpy() for part in (network.units.inputs, network.units.hidden, network.units.offset))
@@ -90,6 +90,12 @@ def solve(problem: Problem, target: int, *, phase: Tensor | None = None, cutoff:
         return Solved(proved=False, point=None, nodes=used)
     point = torch.from_numpy(solution.x[:pixels]).to(network.lower)
     return Solved(proved=False, point=point.clamp(network.lower, network.upper), nodes=used)
+
+
+def _signs(ranges: Ranges) -> np.ndarray:
+    """The known signs (n,) of one sub-domain: 1 active, -1 inactive, 0 open."""
+    on = ranges.low >= 0
+    return (on.double() - (~on & (ranges.high <= 0)).double()).cpu().numpy()
 
 
 def _balanced(network: Reduced, rows: Rows) -> tuple[Reduced, Rows]:

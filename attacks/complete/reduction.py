@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from robustboard.attacks.complete.clipping import Planes
 from robustboard.attacks.complete.network import ReluNetwork
 from robustboard.attacks.complete.relaxation import Reduced, Rows, bound, crown_slopes, optimise
 from robustboard.errors import BoundsError
@@ -28,11 +29,15 @@ class Problem:
         network: the network on the box.
         margins: one row a target class, the margin z_y - z_j.
         targets: the class j of each row.
+        below: for each neuron of the network a function of the pixels that is nowhere above its input on the box.
+        above: the same from above.
     """
 
     network: Reduced
     margins: Rows
     targets: tuple[int, ...]
+    below: Planes
+    above: Planes
 
 
 def reduce_to_box(
@@ -64,6 +69,8 @@ def reduce_to_box(
     found = _empty(lower, upper)
     active: list[Tensor] = []
     unstable: list[Tensor] = []
+    nowhere = Planes(lower.new_zeros(0, len(lower)), lower.new_zeros(0))
+    beneath, over = [nowhere], [nowhere]
     for layer in range(network.layers):
         low: list[Tensor] = []
         high: list[Tensor] = []
@@ -80,18 +87,24 @@ def reduce_to_box(
             raise BoundsError("Complete verification found a neuron without finite bounds.")
         rows = _joined(kept)
         open_ = ((below < 0) & (above > 0)).nonzero().flatten()
+        # The first layer's inputs are functions of the pixels themselves.
+        bottom = top = Planes(rows.inputs, rows.offset)
         if layer and len(open_):
-            below[open_] = torch.maximum(below[open_], _optimised(found, rows, iterations))
-            above[open_] = torch.minimum(above[open_], -_optimised(found, rows.negated(), iterations))
+            values, bottom = _optimised(found, rows, iterations)
+            below[open_] = torch.maximum(below[open_], values)
+            values, top = _optimised(found, rows.negated(), iterations)
+            above[open_], top = torch.minimum(above[open_], -values), top.negated()
         still = (below[open_] < 0) & (above[open_] > 0)
         unstable.append(open_[still])
         active.append((below >= 0).double())
+        beneath.append(bottom[still])
+        over.append(top[still])
         found = _grown(found, rows[still], below[open_[still]], above[open_[still]])
     mix = torch.zeros(len(targets), classes, dtype=torch.float64, device=network.device)
     mix[:, label] = 1.0
     mix[torch.arange(len(targets)), list(targets)] -= 1.0
     margins = [Rows(*parts) for parts in network.affine(network.layers, active, unstable, mix)]
-    return Problem(found, _joined(margins), targets)
+    return Problem(found, _joined(margins), targets, Planes.joined(beneath), Planes.joined(over))
 
 
 def _empty(lower: Tensor, upper: Tensor) -> Reduced:
@@ -123,23 +136,26 @@ def _joined(parts: list[Rows]) -> Rows:
 
 
 def _crown(found: Reduced, rows: Rows) -> Tensor:
-    phase = torch.zeros(len(rows), len(found), dtype=torch.int8, device=rows.offset.device)
-    return bound(found, rows, phase, crown_slopes(found, len(rows))).value
+    return bound(found, rows, found.ranges(len(rows)), crown_slopes(found, len(rows))).value
 
 
-def _optimised(found: Reduced, rows: Rows, iterations: int) -> Tensor:
-    values = []
+def _optimised(found: Reduced, rows: Rows, iterations: int) -> tuple[Tensor, Planes]:
+    """The best bounds (R,), and the functions of the pixels that they are minima of."""
+    values, planes = [], []
     for first in range(0, len(rows), _ROWS_AT_A_TIME):
         part = rows[slice(first, first + _ROWS_AT_A_TIME)]
-        phase = torch.zeros(len(part), len(found), dtype=torch.int8, device=part.offset.device)
-        start = crown_slopes(found, len(part))
-        values.append(optimise(found, part, phase, start, iterations=iterations, enough=0.0)[0])
-    return torch.cat(values)
+        ranges, start = found.ranges(len(part)), crown_slopes(found, len(part))
+        _, _, best = optimise(found, part, ranges, start, iterations=iterations, enough=0.0)
+        seen = bound(found, part, ranges, best)
+        values.append(seen.value)
+        planes.append(Planes(seen.pixels, seen.value - (seen.pixels * seen.corner).sum(dim=1)))
+    return torch.cat(values), Planes.joined(planes)
 
 
 def _require_room(found: Reduced, kept: list[Rows], memory_bytes: int) -> None:
     neurons = len(found) + sum(len(rows) for rows in kept)
-    need = 8 * neurons * (neurons + len(found.lower))
+    # A neuron has seven rows of pixels: its own, two functions from `Planes`, and these scaled and as signs.
+    need = 8 * neurons * (neurons + 7 * len(found.lower))
     if need > memory_bytes:
         raise BoundsError(
             f"Complete verification of an example with {neurons} or more unstable neurons needs over "

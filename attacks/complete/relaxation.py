@@ -75,6 +75,10 @@ class Reduced:
     def __len__(self) -> int:
         return len(self.low)
 
+    def ranges(self, count: int) -> Ranges:
+        """The whole box, `count` times."""
+        return Ranges(self.low.expand(count, -1), self.high.expand(count, -1))
+
     def evaluate(self, rows: Rows, points: Tensor) -> Tensor:
         """The values (N, R) of `rows` at points (N, d) of the box: the network itself, no relaxation."""
         values = points @ self.units.inputs.T + self.units.offset
@@ -83,6 +87,34 @@ class Reduced:
             values[:, first:last] += outputs[:, :first] @ self.units.hidden[first:last, :first].T
             outputs[:, first:last] = values[:, first:last].relu()
         return points @ rows.inputs.T + outputs @ rows.hidden.T + rows.offset
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What is known of the neurons' inputs in each of B sub-domains.
+
+    Attributes:
+        low: (B, n), lower bounds; a neuron with `low >= 0` is active, and splitting it that way sets `low` to 0.
+        high: (B, n), upper bounds; another neuron with `high <= 0` is inactive.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __getitem__(self, chosen: Tensor | slice) -> Ranges:
+        return Ranges(self.low[chosen], self.high[chosen])
+
+    @property
+    def free(self) -> Tensor:
+        """(B, n): the neurons whose sign is open."""
+        return (self.low < 0) & (self.high > 0)
+
+    def split(self, neuron: Tensor, side: int) -> Ranges:
+        """The sub-domains where `neuron` (B,) is active, for side +1, or inactive, for side -1."""
+        place = neuron[:, None]
+        if side > 0:
+            return Ranges(self.low.scatter(1, place, self.low.gather(1, place).clamp(min=0.0)), self.high)
+        return Ranges(self.low, self.high.scatter(1, place, self.high.gather(1, place).clamp(max=0.0)))
 
 
 @dataclass
@@ -107,15 +139,28 @@ class Bound:
 
     Attributes:
         value: (B,), no point of the sub-domain has less.
-        corner: (B, d), the corner of the box where the final linear function is least.
+        pixels: (B, d), the coefficients of the final linear function of the pixels, which is below the bounded one
+            throughout the sub-domain and has `value` as its minimum over the box.
+        corner: (B, d), the corner of the box where that is.
         weight: (B, n), the coefficient on each neuron's output when the pass reached it.
         inputs: (B, n), the relaxation's own idea of each neuron's input at that corner.
     """
 
     value: Tensor
+    pixels: Tensor
     corner: Tensor
     weight: Tensor
     inputs: Tensor
+
+    def __getitem__(self, chosen: Tensor) -> Bound:
+        pixels, corner = self.pixels[chosen], self.corner[chosen]
+        return Bound(self.value[chosen], pixels, corner, self.weight[chosen], self.inputs[chosen])
+
+
+def chords(ranges: Ranges) -> Tensor:
+    """The slopes (B, n) of the upper lines, from (low, 0) to (high, high); 1 or 0 where the sign is known."""
+    on = (ranges.low >= 0).to(ranges.low.dtype)
+    return torch.where(ranges.free, ranges.high / (ranges.high - ranges.low), on)
 
 
 def crown_slopes(network: Reduced, count: int) -> Multipliers:
@@ -124,22 +169,22 @@ def crown_slopes(network: Reduced, count: int) -> Multipliers:
     return Multipliers(alpha, torch.zeros_like(alpha))
 
 
-def bound(network: Reduced, rows: Rows, phase: Tensor, multipliers: Multipliers) -> Bound:
+def bound(network: Reduced, rows: Rows, ranges: Ranges, multipliers: Multipliers) -> Bound:
     """Bound B functions from below, each over its own sub-domain.
 
     Args:
         network: the network on its box.
         rows: B functions.
-        phase: int8 (B, n): +1 where the neuron's input is constrained to be >= 0, -1 to be <= 0, 0 where it is free.
+        ranges: B sub-domains.
         multipliers: any within their limits.
     """
-    return _pass(_Lines.of(network, phase), network, rows, multipliers)[0]
+    return _pass(_Lines.of(ranges), network, rows, multipliers)[0]
 
 
 def optimise(
     network: Reduced,
     rows: Rows,
-    phase: Tensor,
+    ranges: Ranges,
     multipliers: Multipliers,
     *,
     iterations: int,
@@ -150,7 +195,7 @@ def optimise(
     Args:
         network: the network on its box.
         rows: B functions.
-        phase: as for `bound`.
+        ranges: as for `bound`.
         multipliers: where to begin.
         iterations: the work budget, in passes.
         enough: a function whose bound is above this is not worked on any more.
@@ -163,7 +208,7 @@ def optimise(
     value = rows.offset.new_full((len(rows),), -torch.inf)
     corner = network.lower.repeat(len(rows), 1)
     at_work = torch.arange(len(rows), device=rows.offset.device)
-    lines, part = _Lines.of(network, phase), rows
+    lines, part = _Lines.of(ranges), rows
     for step in range(iterations + 1):
         found, slopes = _pass(lines, network, part, now)
         better = found.value > value[at_work]
@@ -225,16 +270,16 @@ class _Lines:
         return _Lines(self.free[chosen], self.fixed[chosen], self.slope[chosen], self.rise[chosen], self.side[chosen])
 
     @classmethod
-    def of(cls, network: Reduced, phase: Tensor) -> _Lines:
-        free = phase == 0
-        chord = network.high / (network.high - network.low)
-        on = (phase > 0).to(chord.dtype)
+    def of(cls, ranges: Ranges) -> _Lines:
+        free = ranges.free
+        on = (ranges.low >= 0).to(ranges.low.dtype)
+        slope = chords(ranges)
         return cls(
             free,
             on,
-            torch.where(free, chord, on),
-            torch.where(free, -chord * network.low, 0.0),
-            phase.to(chord.dtype),
+            slope,
+            torch.where(free, -slope * ranges.low, 0.0),
+            torch.where(free, 0.0, 2 * on - 1),
         )
 
 
@@ -271,4 +316,4 @@ def _pass(lines: _Lines, network: Reduced, rows: Rows, now: Multipliers) -> tupl
         )
     toward_alpha = weight.clamp(min=0.0) * inputs * lines.free
     toward_beta = -lines.side * inputs
-    return Bound(value, corner, weight, inputs), (toward_alpha, toward_beta)
+    return Bound(value, pixels, corner, weight, inputs), (toward_alpha, toward_beta)

@@ -15,12 +15,14 @@ from torch import nn
 from robustboard.attacks.bounds import certify
 from robustboard.attacks.complete.network import ReluNetwork
 from robustboard.attacks.complete.reduction import reduce_to_box
-from robustboard.attacks.complete.relaxation import Multipliers, bound, crown_slopes, optimise
+from robustboard.attacks.complete.relaxation import Multipliers, Ranges, bound, crown_slopes, optimise
 from robustboard.attacks.threat import ThreatModel
 
 
-def free(problem):
-    return torch.zeros(len(problem.margins), len(problem.network), dtype=torch.int8)
+def split(network, phase):
+    """The sub-domains with these signs (B, n): +1 active, -1 inactive, 0 free."""
+    low, high = (side.expand(phase.shape) for side in (network.low, network.high))
+    return Ranges(low.masked_fill(phase > 0, 0.0), high.masked_fill(phase < 0, 0.0))
 
 
 def random_split(problem, seed):
@@ -61,17 +63,20 @@ def test_without_optimisation_the_bounds_are_crowns(kind):
             memory_bytes=1 << 30,
         )
         assert len(problem.network) > 5, "the network must have unstable neurons for the comparison to mean anything"
-        found = bound(problem.network, problem.margins, free(problem), crown_slopes(problem.network, 4)).value
+        found = bound(
+            problem.network, problem.margins, problem.network.ranges(4), crown_slopes(problem.network, 4)
+        ).value
         torch.testing.assert_close(found.float(), expected[row, list(targets)], atol=2e-6, rtol=0)
 
 
-@given(seed=st.integers(0, 10**6), split=st.integers(0, 10**6))
+@given(seed=st.integers(0, 10**6), signs=st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None)
-def test_any_multipliers_give_a_sound_bound(tiny, seed, split):
+def test_any_multipliers_give_a_sound_bound(tiny, seed, signs):
     problem = tiny(seed, iterations=0).problem
-    network, (phase, multipliers) = problem.network, random_split(problem, split)
-    values = bound(network, problem.margins, phase, multipliers).value
-    raised, _, _ = optimise(network, problem.margins, phase, multipliers, iterations=5)
+    network, (phase, multipliers) = problem.network, random_split(problem, signs)
+    ranges = split(network, phase)
+    values = bound(network, problem.margins, ranges, multipliers).value
+    raised, _, _ = optimise(network, problem.margins, ranges, multipliers, iterations=5)
     assert (raised >= values).all()
     shares = torch.rand(400, len(network.lower), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     points = network.lower + (network.upper - network.lower) * shares
@@ -112,13 +117,14 @@ def _relaxed_minimum(problem, row, phase):
 def test_optimised_bounds_approach_the_linear_program(tiny, seed):
     """With lower lines and multipliers at their best the bound is the relaxation's own optimum, by duality."""
     problem = tiny(seed, iterations=0).problem
-    network, phase = problem.network, free(problem)
+    network = problem.network
+    phase = torch.zeros(len(problem.margins), len(network), dtype=torch.int8)
     # A split that holds somewhere: the signs at one point of the box.
     signs = network.evaluate(network.units, ((network.lower + network.upper) / 2)[None])[0].sign()
     phase[:, ::2] = signs[::2].to(torch.int8)
     start = crown_slopes(network, len(phase))
-    values, _, _ = optimise(network, problem.margins, phase, start, iterations=300)
-    plain = bound(network, problem.margins, torch.zeros_like(phase), start).value
+    values, _, _ = optimise(network, problem.margins, split(network, phase), start, iterations=300)
+    plain = bound(network, problem.margins, network.ranges(len(phase)), start).value
     for row in range(len(values)):
         best = _relaxed_minimum(problem, row, phase[row])
         assert float(values[row]) <= best + 1e-7

@@ -11,7 +11,7 @@ import torch
 from robustboard.attacks.complete import branching
 from robustboard.attacks.complete.branching import Effort, branch_and_bound
 from robustboard.attacks.complete.mixed_integer import Solved, solve
-from robustboard.attacks.complete.relaxation import Rows
+from robustboard.attacks.complete.relaxation import Ranges, Rows
 
 TOLERANCE = 1e-3
 SEEDS = range(12)
@@ -32,6 +32,26 @@ def search(tiny, **effort):
         return next((point for point in points if float(margins_at(tiny, point).min()) < 0), None)
 
     return branch_and_bound(tiny.problem, tolerance=TOLERANCE, effort=Effort(**effort), breaks=breaks)
+
+
+def moved(tiny, amount):
+    """The same problem with every margin of class 0 moved by about `amount`."""
+    model = copy.deepcopy(tiny.model)
+    with torch.no_grad():
+        before = float(model[-1].bias[0])
+        model[-1].bias[0] += amount
+        amount = float(model[-1].bias[0]) - before
+    margins = tiny.problem.margins
+    margins = Rows(margins.inputs, margins.hidden, margins.offset + amount)
+    return replace(tiny, model=model, problem=replace(tiny.problem, margins=margins))
+
+
+def make_hard(tiny):
+    """A robust problem that takes a search: the least margin at sampled points is moved to a tenth."""
+    hard = tiny(HARD, widths=(6, 24, 24, 2), radius=0.5)
+    shares = torch.rand(20_000, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    points = hard.lower + (hard.upper - hard.lower) * shares
+    return moved(hard, 0.1 - float(hard.problem.network.evaluate(hard.problem.margins, points).min()))
 
 
 def exact(tiny):
@@ -63,6 +83,21 @@ def test_branch_and_bound_finds_the_truth(answers):
             assert not (found.margins > TOLERANCE).all()
 
 
+@pytest.mark.parametrize("seed", range(16))
+def test_a_margin_near_zero_is_on_the_right_side(tiny, seed):
+    """The least margin is moved to just above the tolerance or just below zero, where clipping cuts the most."""
+    widths = ((3, 4, 4, 3), (2, 7, 3), (3, 3, 3, 2, 3), (2, 4, 4, 2))[seed % 4]
+    problem = tiny(seed, widths=widths, radius=0.3 + 0.1 * (seed % 5))
+    least = (0.004, -0.004, 0.02, -0.02)[seed // 4 % 4]
+    minima = torch.tensor(exact(problem), dtype=torch.float64)
+    amount = least - float(minima.min())
+    found = search(moved(problem, amount), nodes=5000)
+    assert bool((found.margins > TOLERANCE).all()) == (least > 0)
+    assert (found.adversarial is None) == (least > 0)
+    if least > 0:
+        assert (found.margins <= minima + amount + 1e-6).all(), "a lower bound is below the minimum"
+
+
 def test_the_program_finds_the_truth(answers):
     for tiny, minima in answers:
         for row, minimum in enumerate(minima):
@@ -77,13 +112,17 @@ def test_split_phases_are_linear_programs(answers):
     tiny, minima = next((one, two) for one, two in answers if 2 <= len(one.problem.network) <= 4)
     count = len(tiny.problem.network)
     patterns = torch.cartesian_prod(*[torch.tensor([-1, 1], dtype=torch.int8)] * count).view(-1, count)
+    network = tiny.problem.network
+    parts = [
+        Ranges(network.low.masked_fill(phase > 0, 0.0), network.high.masked_fill(phase < 0, 0.0)) for phase in patterns
+    ]
     for cutoff, proved in ((minima[0] - 0.01, True), (minima[0] + 0.01, False)):
-        answers_of_parts = [solve(tiny.problem, 0, phase=phase, cutoff=cutoff, nodes=1).proved for phase in patterns]
+        answers_of_parts = [solve(tiny.problem, 0, ranges=part, cutoff=cutoff, nodes=1).proved for part in parts]
         assert all(answers_of_parts) == proved
 
 
 def test_an_exhausted_budget_is_no_answer(tiny):
-    hard = tiny(HARD, widths=(4, 20, 20, 2), radius=0.5)
+    hard = make_hard(tiny)
     full = search(hard, nodes=20_000)
     assert full.nodes > 20, "the problem must need some search for a small budget to matter"
     part = search(hard, nodes=10)
@@ -95,9 +134,9 @@ def test_an_exhausted_budget_is_no_answer(tiny):
 
 
 def test_equal_questions_have_equal_answers(tiny):
-    hard = tiny(HARD, widths=(4, 20, 20, 2), radius=0.5)
+    hard = make_hard(tiny)
     first, second = search(hard, nodes=300), search(hard, nodes=300)
-    assert first.nodes == second.nodes
+    assert first.nodes == second.nodes > 60
     assert torch.equal(first.margins, second.margins)
 
 
@@ -125,9 +164,9 @@ def test_a_counter_example_of_one_leaf_survives_the_next(tiny, monkeypatch):
     asked = []
     monkeypatch.setattr(branching, "solve", lambda *_, **__: asked.append(1) or answers[len(asked) - 1])
     searcher = branching._Searcher(problem, TOLERANCE, Effort(nodes=100), lambda points: points[0], lambda _: None)
-    phase = torch.ones(len(problem.network), dtype=torch.int8)
+    ranges = Ranges(torch.zeros(len(problem.network)), torch.ones(len(problem.network)))
     slopes = torch.zeros(len(problem.network))
-    searcher.waiting = [branching._Domain(float(age), age, 0, phase, slopes, slopes) for age in range(2)]
+    searcher.waiting = [branching._Domain(float(age), age, 0, ranges, slopes, slopes) for age in range(2)]
     searcher._round()
     assert torch.equal(searcher.search.adversarial, found)
     assert len(asked) == 1
