@@ -135,7 +135,8 @@ class _Searcher:
         self.age = 0
         self.closest = float("inf")
         self.cutoff = 2 * tolerance
-        self.clip = Clipper(self.network, problem.below, problem.above)
+        below, above = problem.below, problem.above
+        self.clip = None if below is None or above is None else Clipper(self.network, below, above)
 
     def run(self) -> Search:
         """Search until an answer or the end of the budget."""
@@ -192,11 +193,14 @@ class _Searcher:
         )
         self._count(len(value))
         # Clipped bounds hold only where the margin may be at most the cut-off, so they prove no more than that.
-        value = torch.maximum(value, part.value[twice]).clamp(max=self.cutoff)
+        most = torch.inf if self.clip is None else self.cutoff
+        value = torch.maximum(value, part.value[twice]).clamp(max=most)
         self._keep(part.targets * 2, children, value, corner, raised)
 
     def _clipped(self, part: _Part) -> _Part:
         """The sub-domains with narrower ranges, less those that this settles or leaves without free neurons."""
+        if self.clip is None:
+            return part
         for _ in range(_CLIPS):
             ranges = self.clip(part.ranges, part.seen, self.cutoff)
             seen = bound(self.network, part.rows, ranges, part.multipliers)

@@ -11,11 +11,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
+from torch import nn
 
-from robustboard.attacks.complete import branching, clipping
+from robustboard.attacks.complete import branching, clipping, reduction
 from robustboard.attacks.complete.branching import Effort, branch_and_bound
 from robustboard.attacks.complete.clipping import Clipper
+from robustboard.attacks.complete.network import ReluNetwork
 from robustboard.attacks.complete.relaxation import Multipliers, Ranges, bound, crown_slopes, optimise
+
+
+@pytest.mark.parametrize(("kernel", "clipped"), [(2, False), (4, True)])
+def test_neurons_that_see_few_pixels_are_not_clipped(kernel, clipped):
+    """It was measured to cost and to gain nothing on convolutions."""
+    model = nn.Sequential(nn.Conv2d(1, 30, kernel), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)).eval()
+    model(torch.zeros(1, 1, 4, 4))
+    lower, upper = torch.zeros(16, dtype=torch.float64), torch.ones(16, dtype=torch.float64)
+    problem = reduction.reduce_to_box(
+        ReluNetwork(model, torch.zeros(1, 1, 4, 4)),
+        lower,
+        upper,
+        label=0,
+        targets=(1, 2),
+        classes=3,
+        iterations=2,
+        memory_bytes=1 << 30,
+    )
+    assert len(problem.network) > 0
+    assert (problem.below is not None) == clipped
 
 
 def clipper(problem):
