@@ -50,10 +50,10 @@ def study_attack_seeds(
     seeds: int,
     progress: Progress | None = None,
 ) -> SeedStudy | None:
-    """Run PGD and AutoAttack with other seeds on at most `SUBSET` examples, drawn by content hash from all.
+    """Run the board's attacks with other seeds on at most `SUBSET` examples, drawn by content hash from all.
 
     Every value is of these attacks alone. What only complete verification broke therefore counts as held under the
-    protocol's seed too; the reference engine runs the same attacks on more examples, which changes no verdict.
+    protocol's seed too. A record of the reference engine is compared with the board's own attacks as well.
 
     Args:
         session: the model.
@@ -101,7 +101,7 @@ def _reseeded(track: Track, seed: int) -> Track:
 def _attacked(
     session: Session, track: Track, examples: Examples, clean: Flags, certified: Flags, progress: Progress
 ) -> Verdicts:
-    """The attacks on what is clean; as in the cascade, AutoAttack passes over what is certified."""
+    """The attacks on what is clean; as in the cascade, they pass over what is certified."""
     examiner = Examiner(session, track, examples, progress)
     verdicts = Verdicts(examples.hashes, examples.labels)
     verdicts.clean = clean

@@ -271,7 +271,7 @@ def _print_curve(curve: Curve) -> None:
     work, saved = curve.work, curve.saved
     typer.echo(
         f"{work['judged']} of {work['judged_without_reuse']} verdicts were judged and {saved['judged']:.1%} followed "
-        f"from other radii; all of AutoAttack ran {work['attacked']} times for {work['attacked_without_reuse']} "
+        f"from other radii; every attack ran {work['attacked']} times for {work['attacked_without_reuse']} "
         f"undecided verdicts ({saved['attacked']:.1%} saved)."
     )
     for note in curve.notes:

@@ -3,7 +3,7 @@
 A smaller ball lies inside a larger one. So an example that is broken at one eps is broken at every larger one, by the
 same image; one that is certified at one eps is certified at every smaller one. The grid is halved again and again, and
 at each radius only the examples that nothing implies yet are judged, by the stages of the evaluation. FAB-T and Square,
-which take most of AutoAttack's passes, pass over an example that they failed to break in a larger ball, where they had
+which take most of the passes, pass over an example that they failed to break in a larger ball, where they had
 every image that they could have found here; PGD, APGD-CE and APGD-T try every ball. Bounds pass over an example that
 they failed to certify in a smaller ball. Neither rule can break or certify what is not; at worst an example stays
 undecided that a run at that radius by itself would have decided.
@@ -76,7 +76,7 @@ class Traced:
         certified: (N,), the place of the largest radius at which it is certified; -1 for none.
         broken: (N,), the place of the smallest radius at which it is broken; k for none.
         margins: (N,), the certified margin at the largest certified radius.
-        survived: (N,), the place of the largest radius at which AutoAttack ran to its end and failed; -1 for none.
+        survived: (N,), the place of the largest radius at which every attack ran and failed; -1 for none.
         unproven: (N,), the place of the smallest radius at which bounds ran and failed; k for none.
         judged: how many (example, radius) pairs were judged.
         attacked: on how many of them FAB-T or Square ran.
@@ -145,7 +145,7 @@ def run_curve(request: Request, progress: Progress | None = None) -> Curve:
             "judged": traced.judged,
             "judged_without_reuse": int(traced.clean.sum()) * len(grid),
             "attacked": traced.attacked,
-            # A run at one radius shows all of AutoAttack at least what it leaves undecided.
+            # A run at one radius shows every attack at least what it leaves undecided.
             "attacked_without_reuse": sum(traced.verdict(place).count("undecided") for place in range(len(grid))),
         },
         audit={

@@ -63,7 +63,7 @@ class Curve:
         defense: name, title and the sha256 of the weights.
         grid: the radii, ascending, as (text, number).
         reaches: one an example, in the track's order.
-        work: (example, radius) pairs `judged`, and `attacked` by all of AutoAttack, and at least how many runs at each
+        work: (example, radius) pairs `judged`, and `attacked` by every attack, and at least how many runs at each
             radius by itself would have taken, `judged_without_reuse` and `attacked_without_reuse`.
         audit: the crossings of the audit.
         seeds: of training and attacks.
@@ -106,7 +106,7 @@ class Curve:
         shares = {}
         for name in ("judged", "attacked"):
             alone = self.work[f"{name}_without_reuse"]
-            # AutoAttack also runs on what it then breaks, which the comparison leaves out.
+            # The last attacks also run on what they then break, which the comparison leaves out.
             shares[name] = max(0.0, 1 - self.work[name] / alone) if alone else 0.0
         return shares
 
