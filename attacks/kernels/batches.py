@@ -32,7 +32,9 @@ def examples_at_a_time(model: nn.Module, image: Tensor) -> int:
         if isinstance(output, Tensor):
             activations.append(output.numel())
 
-    leaves = [module for module in model.modules() if not any(module.children())]
+    # Scripted modules admit no hooks; what they hold inside is not counted then.
+    plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    leaves = [module for module in plain if not any(module.children())]
     handles = [module.register_forward_hook(count) for module in leaves]
     try:
         with torch.no_grad():
