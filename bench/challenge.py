@@ -67,6 +67,7 @@ class Challenged:
         known: how many of those are of examples that were broken before.
         misclassified: how many images are of examples that are wrong without any attack.
         file_sha256: of the npz file.
+        images: the evaluated images of the lowered record, (N, C, H, W).
     """
 
     before: Record
@@ -77,6 +78,7 @@ class Challenged:
     known: int
     misclassified: int
     file_sha256: str
+    images: Floats | None = None
 
     @property
     def lowered(self) -> int:
@@ -211,7 +213,7 @@ def _lower(
     newly = held & (before.outcomes["verdict"] == "undecided").to_numpy(bool)
     _store_images(folder, located, recalled, given, newly)
     after = save(after, outcomes, folder)
-    return replace(result, after=after, folder=folder)
+    return replace(result, after=after, folder=folder, images=recalled.examples.floats())
 
 
 def _same(folder: Path, before: Record, sha256: str) -> bool:

@@ -27,7 +27,7 @@ from robustboard.bench.cli_options import (
     overrides,
     print_json,
 )
-from robustboard.errors import OutputError, RobustBoardError
+from robustboard.errors import OutputError, RobustBoardError, TrackingError
 
 if TYPE_CHECKING:
     from robustboard.bench.challenge import Challenged
@@ -150,6 +150,9 @@ def challenge(
     out: Annotated[Path | None, typer.Option("--out", help="Folder for a lowered record [default: beside it].")] = None,
     defense: Annotated[Path | None, typer.Option(help="The defense.toml, where the record is of a submission.")] = None,
     track: OwnTrack = None,
+    mlflow: Annotated[
+        str | None, typer.Option("--mlflow", help="URI of an MLflow store that a lowered record is logged to.")
+    ] = None,
     device: Device = "cpu",
     threads: Annotated[
         int, typer.Option(min=1, help="Threads for the model; a training repeats on its own count.")
@@ -160,9 +163,12 @@ def challenge(
     as_json: AsJson = False,
 ) -> None:
     """Check somebody else's adversarial examples against a record, and lower it when they hold."""
+    from robustboard.bench import mlflow_store, tracking
     from robustboard.bench.challenge import Request, run_challenge
     from robustboard.bench.progress import Bars
 
+    if mlflow is not None:
+        mlflow_store.check(mlflow)
     request = Request(
         record=record,
         images=examples,
@@ -181,6 +187,11 @@ def challenge(
         print_json(_challenge_values(found))
     else:
         _print_challenge(found)
+    if mlflow is not None and found.after and found.folder and found.images is not None:
+        try:
+            tracking.log_record(found.after, found.folder, uri=mlflow, images=found.images, training=())
+        except TrackingError as error:
+            raise TrackingError(f"{error} The record itself is safe in {found.folder}.") from error
 
 
 def targets(

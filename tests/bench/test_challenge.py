@@ -21,6 +21,7 @@ import pytest
 
 from robustboard.bench import challenge as challenges
 from robustboard.bench import score as scoring
+from robustboard.bench import tracking
 from robustboard.bench.challenge import Request, lowered_table, run_challenge, write_targets
 from robustboard.bench.perturbed_file import read_perturbed, write_perturbed
 from robustboard.bench.process import WorkerProcess
@@ -354,3 +355,21 @@ def test_the_commands_print_json_that_says_what_happened(run, capsys, tmp_path):
     compared = CliRunner().invoke(app, ["compare", str(run / "record"), str(tmp_path / "low"), "--json"])
     said = json.loads(compared.stdout)
     assert (said["n"], said["only_first"], said["only_second"], said["p_value"]) == (24, 1, 0, 1.0)
+
+
+def test_a_lowered_record_reaches_the_store(run, tmp_path):
+    """A board made from the store must not go on showing what a challenge has undone."""
+    from typer.testing import CliRunner
+
+    from robustboard.bench.cli import app
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    forget(run, broken(run)[:1])
+    before = load(run / "record")
+    tracking.log_record(before, run / "record", uri=uri, images=np.zeros((24, 1, 8, 8), np.float32), training=())
+    done = CliRunner().invoke(app, ["challenge", str(run), str(run / "adversarial.npz"), "--mlflow", uri])
+    assert done.exit_code == 0, done.output
+    (board,) = boards(tracking.read_records(uri))
+    (entry,) = board.entries
+    assert len(entry.record.challenges) == 1
+    assert entry.record.metrics["robust"].value == pytest.approx(before.metrics["robust"].value - 1 / 24)
