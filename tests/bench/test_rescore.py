@@ -80,7 +80,7 @@ def _clean(images, examples, rows):
 
 def _outside(images, examples, rows):
     spoiled = images.copy()
-    spoiled[-1] = np.clip(spoiled[-1] + 0.01, 0, 1)
+    spoiled[-1] = np.clip(spoiled[-1] + 0.5, 0, 1)
     return rows, spoiled
 
 
