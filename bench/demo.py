@@ -22,6 +22,8 @@ from robustboard.leaderboard.site import build_site, check_target
 TRACK = "digits-linf@1"
 EXAMPLES = 150
 """Of the track's 360: all defenses are to be on the board within five minutes on two cores."""
+NODES = 200_000
+"""Of complete verification, for each example: enough that nothing stays undecided."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,9 @@ def _score_all(names: Sequence[str], *, runs: Path, jobs: int, bars: Bars) -> li
         bar = bars.job(name)
         try:
             return score_defense(
-                Request(defense=name, track=TRACK, n=EXAMPLES, threads=1, runs=runs), bar, workers=workers
+                Request(defense=name, track=TRACK, n=EXAMPLES, complete=NODES, threads=1, runs=runs),
+                bar,
+                workers=workers,
             )
         finally:
             bar.end()

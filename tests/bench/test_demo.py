@@ -64,6 +64,7 @@ def test_the_demo_trains_scores_and_shows_every_defense(tmp_path):
     for name, record in records.items():
         assert record.defense.title in page
         assert name in done.stdout
+        assert record.metrics["undecided"].value == 0
     trained = records["pgd-at"]
     assert trained.metrics["clean"].value >= 0.97
     assert trained.metrics["robust"].value >= 0.80
