@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from robustboard.attacks import keyed
-from robustboard.attacks.guards import NO_GRADIENT, require_eval, require_finite, require_logits
+from robustboard.attacks.guards import require_eval, require_finite, require_logits
 from robustboard.attacks.losses import LOSSES, Loss, applicable_losses, margin_loss
-from robustboard.attacks.threat import Norm, ThreatModel
-from robustboard.errors import ModelError, TrackError
+from robustboard.attacks.steepest import gradient_at, uphill
+from robustboard.attacks.threat import ThreatModel
+from robustboard.errors import TrackError
 
 
 def ascend(
@@ -59,8 +60,8 @@ def ascend(
         with torch.enable_grad():
             points.requires_grad_()
             total = objective(model(points), labels).sum()
-        gradient = _input_gradient(total, points)
-        points = project(points.detach() + step_size * _uphill(gradient, threat.norm))
+        gradient = gradient_at(points, total)
+        points = project(points.detach() + step_size * uphill(gradient, threat.norm))
     require_finite(gradient, "input gradients")
     return points
 
@@ -156,7 +157,7 @@ class _Search:
                 points.requires_grad_()
                 logits = self._model(points)
                 total = objective(logits, labels).sum()
-            gradient = _input_gradient(total, points)
+            gradient = gradient_at(points, total)
             points = points.detach()
             left = self._note(todo, points, logits.detach(), labels)
             if len(left) < len(todo):
@@ -165,7 +166,7 @@ class _Search:
                     return
                 project = self._threat.projector(self._images[todo])
             require_finite(gradient, "input gradients")
-            points = project(points + self._step_size * _uphill(gradient, self._threat.norm))
+            points = project(points + self._step_size * uphill(gradient, self._threat.norm))
         with torch.no_grad():
             self._note(todo, points, self._model(points), labels)
 
@@ -184,22 +185,3 @@ def _loss(name: str) -> Loss:
     if name not in LOSSES:
         raise TrackError(f"The attack loss {name!r} is unknown; choose from {', '.join(LOSSES)}.")
     return LOSSES[name]
-
-
-def _input_gradient(total: Tensor, points: Tensor) -> Tensor:
-    gradient = torch.autograd.grad(total, points, allow_unused=True)[0] if total.requires_grad else None
-    if gradient is None:
-        raise ModelError(NO_GRADIENT)
-    return gradient
-
-
-def _uphill(gradient: Tensor, norm: Norm) -> Tensor:
-    """The unit step of steepest ascent in the norm; zero where the gradient is zero."""
-    if norm == "linf":
-        return gradient.sign()
-    # A saturated loss has gradients as small as 1e-38, whose squares vanish: scale by the largest entry first.
-    tiny = torch.finfo(gradient.dtype).tiny
-    flat = gradient.flatten(1)
-    flat = flat / flat.abs().amax(dim=1, keepdim=True).clamp(min=tiny)
-    unit: Tensor = flat / torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=tiny)
-    return unit.view_as(gradient)

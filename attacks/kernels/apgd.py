@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from robustboard.attacks import keyed
-from robustboard.attacks.guards import NO_GRADIENT, require_finite
+from robustboard.attacks.guards import require_finite
 from robustboard.attacks.kernels.survivors import Survivors
 from robustboard.attacks.losses import cross_entropy, dlr, margin_loss
+from robustboard.attacks.steepest import gradient_at, uphill
 from robustboard.attacks.threat import ThreatModel
-from robustboard.errors import ModelError
 
 STEPS, TARGETS = 100, 9
 
@@ -234,10 +234,8 @@ def _look(
     held = survivors.note(rows, points, logits.detach())
     if last:
         return losses, points, held
-    gradient = torch.autograd.grad(losses.sum(), points, allow_unused=True)[0] if losses.requires_grad else None
+    gradient = gradient_at(points, losses.sum())
     points.requires_grad_(False)
-    if gradient is None:
-        raise ModelError(NO_GRADIENT)
     require_finite(gradient, "input gradients")
     return losses.detach(), gradient, held
 
@@ -263,27 +261,16 @@ class _Move:
     """The next points of a state's examples, for as long as these stay the same."""
 
     def __init__(self, threat: ThreatModel, state: _State) -> None:
-        self._linf = threat.norm == "linf"
+        self._norm = threat.norm
         self._project = threat.projector(state.images)
         self._column = (-1, *[1] * (state.images.dim() - 1))
 
     def __call__(self, state: _State, *, first: bool) -> Tensor:
         points = state.points
         step = state.step.view(self._column)
-        aim = self._project(points + step * self._direction(state.gradient))
+        aim = self._project(points + step * uphill(state.gradient, self._norm))
         if first:
             return aim
         # x + 0.75 (z - x) + 0.25 (x - x_before)
         mixed = torch.lerp(points, aim, _MOMENTUM).add_(points - state.before, alpha=1 - _MOMENTUM)
         return self._project(mixed)
-
-    def _direction(self, gradient: Tensor) -> Tensor:
-        if self._linf:
-            return gradient.sign()
-        # A saturated loss has gradients whose squares vanish: scale by the largest entry first.
-        tiny = torch.finfo(gradient.dtype).tiny
-        flat = gradient.flatten(1)
-        flat = flat / flat.abs().amax(dim=1, keepdim=True).clamp(min=tiny)
-        length = torch.linalg.vector_norm(flat, dim=1, keepdim=True).clamp(min=tiny)
-        unit: Tensor = (flat / length).view_as(gradient)
-        return unit

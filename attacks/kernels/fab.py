@@ -14,11 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from robustboard.attacks.guards import NO_GRADIENT, require_eval, require_finite, require_shape
+from robustboard.attacks.guards import require_eval, require_finite, require_shape
 from robustboard.attacks.kernels.hyperplane import displacement
 from robustboard.attacks.kernels.survivors import Survivors
+from robustboard.attacks.steepest import gradient_at
 from robustboard.attacks.threat import ThreatModel
-from robustboard.errors import ModelError, TrackError
+from robustboard.errors import TrackError
 
 # The names of the paper: the largest weight of the clean image, the overshoot, and the step back.
 _ALPHA_MAX, _ETA, _BETA = 0.1, 1.05, 0.9
@@ -120,10 +121,7 @@ class _Run:
             target, label = logits.gather(1, ends).unbind(dim=1)
             value = target - label
             total = value.sum()
-        gradient = torch.autograd.grad(total, pixels, allow_unused=True)[0] if total.requires_grad else None
-        if gradient is None:
-            raise ModelError(NO_GRADIENT)
-        return value.detach(), gradient.flatten(1)
+        return value.detach(), gradient_at(pixels, total).flatten(1)
 
     def _forward(self, points: Tensor, *, graph: bool = True) -> tuple[Tensor, Tensor]:
         """The points as images, and their logits."""
