@@ -34,6 +34,7 @@ from robustboard.attacks.complete.relaxation import (
     bound,
     chords,
     crown_slopes,
+    lowest,
     optimise,
 )
 
@@ -129,6 +130,8 @@ class _Searcher:
     ) -> None:
         self.problem, self.network, self.tolerance, self.effort = problem, problem.network, tolerance, effort
         self.breaks, self.tell = breaks, tell
+        # Half as many bytes, twice the speed: multipliers and splits are found with it, and no bound is believed.
+        self.sketch = self.network.to(torch.float32)
         # The least bound among the leaves that are proved; an open leaf has no say until the search ends.
         self.search = Search(torch.full((len(problem.margins),), torch.inf, dtype=torch.float64))
         self.waiting: list[_Domain] = []
@@ -183,14 +186,16 @@ class _Searcher:
         ends = part.ranges.split(neuron, 1), part.ranges.split(neuron, -1)
         children = Ranges(torch.cat([end.low for end in ends]), torch.cat([end.high for end in ends]))
         twice = torch.arange(len(part.targets)).repeat(2)
-        value, corner, raised = optimise(
-            self.network,
-            part.rows[twice],
-            children,
-            part.multipliers[twice],
+        rows = part.rows[twice]
+        _, _, raised = optimise(
+            self.sketch,
+            rows.to(torch.float32),
+            children.to(torch.float32),
+            part.multipliers[twice].to(torch.float32),
             iterations=self.effort.iterations,
             enough=self.tolerance,
         )
+        value, corner = lowest(self.network, rows, children, raised.to(torch.float64))
         self._count(len(value))
         # Clipped bounds hold only where the margin may be at most the cut-off, so they prove no more than that.
         most = torch.inf if self.clip is None else self.cutoff
@@ -221,15 +226,16 @@ class _Searcher:
 
     def _choose(self, part: _Part) -> Tensor:
         """The neuron to split in each sub-domain, (B,)."""
-        rows, ranges, multipliers, seen = part.rows, part.ranges, part.multipliers, part.seen
-        tries = _candidates(ranges, seen, multipliers, self.effort.candidates)
+        tries = _candidates(part.ranges, part.seen, part.multipliers, self.effort.candidates)
+        rows, ranges = part.rows.to(torch.float32), part.ranges.to(torch.float32)
+        multipliers = part.multipliers.to(torch.float32)
         count, width = tries.shape
         each = torch.arange(count).repeat_interleave(width)
         flat = tries.flatten()
-        worst = torch.full((count * width,), torch.inf, dtype=seen.value.dtype, device=seen.value.device)
+        worst = torch.full((count * width,), torch.inf, dtype=torch.float32, device=flat.device)
         total = torch.zeros_like(worst)
         for side in (1, -1):
-            child = bound(self.network, rows[each], ranges[each].split(flat, side), multipliers[each]).value
+            child, _ = lowest(self.sketch, rows[each], ranges[each].split(flat, side), multipliers[each])
             # What is proved need not be proved any better.
             child = child.clamp(max=self.tolerance)
             worst, total = torch.minimum(worst, child), total + child

@@ -50,6 +50,10 @@ class Rows:
         """The same functions with the opposite sign."""
         return Rows(-self.inputs, -self.hidden, -self.offset)
 
+    def to(self, dtype: torch.dtype) -> Rows:
+        """The same functions, rounded."""
+        return Rows(self.inputs.to(dtype), self.hidden.to(dtype), self.offset.to(dtype))
+
 
 @dataclass(frozen=True)
 class Reduced:
@@ -74,6 +78,11 @@ class Reduced:
 
     def __len__(self) -> int:
         return len(self.low)
+
+    def to(self, dtype: torch.dtype) -> Reduced:
+        """The same network, rounded: good enough to search with, not to prove with."""
+        sides = self.lower.to(dtype), self.upper.to(dtype)
+        return Reduced(*sides, self.units.to(dtype), self.groups, self.low.to(dtype), self.high.to(dtype))
 
     def ranges(self, count: int) -> Ranges:
         """The whole box, `count` times."""
@@ -104,6 +113,10 @@ class Ranges:
     def __getitem__(self, chosen: Tensor | slice) -> Ranges:
         return Ranges(self.low[chosen], self.high[chosen])
 
+    def to(self, dtype: torch.dtype) -> Ranges:
+        """The same sub-domains, rounded."""
+        return Ranges(self.low.to(dtype), self.high.to(dtype))
+
     @property
     def free(self) -> Tensor:
         """(B, n): the neurons whose sign is open."""
@@ -131,6 +144,10 @@ class Multipliers:
 
     def __getitem__(self, chosen: Tensor) -> Multipliers:
         return Multipliers(self.alpha[chosen], self.beta[chosen])
+
+    def to(self, dtype: torch.dtype) -> Multipliers:
+        """The same numbers, rounded; still within their limits."""
+        return Multipliers(self.alpha.to(dtype), self.beta.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -178,7 +195,18 @@ def bound(network: Reduced, rows: Rows, ranges: Ranges, multipliers: Multipliers
         ranges: B sub-domains.
         multipliers: any within their limits.
     """
-    return _pass(_Lines.of(ranges), network, rows, multipliers)[0]
+    lines = _Lines.of(ranges)
+    below = lines.below(multipliers)
+    value, pixels, weight = _backward(lines, network, rows, below, multipliers)
+    corner = _corner(network, pixels)
+    return Bound(value, pixels, corner, weight, _forward(lines, network, corner, weight, below))
+
+
+def lowest(network: Reduced, rows: Rows, ranges: Ranges, multipliers: Multipliers) -> tuple[Tensor, Tensor]:
+    """The values (B,) and corners (B, d) of `bound` alone, for half the work."""
+    lines = _Lines.of(ranges)
+    value, pixels, _ = _backward(lines, network, rows, lines.below(multipliers), multipliers)
+    return value, _corner(network, pixels)
 
 
 def optimise(
@@ -210,18 +238,22 @@ def optimise(
     at_work = torch.arange(len(rows), device=rows.offset.device)
     lines, part = _Lines.of(ranges), rows
     for step in range(iterations + 1):
-        found, slopes = _pass(lines, network, part, now)
-        better = found.value > value[at_work]
+        below = lines.below(now)
+        found, pixels, weight = _backward(lines, network, part, below, now)
+        corners = _corner(network, pixels)
+        better = found > value[at_work]
         winners = at_work[better]
-        value[winners], corner[winners] = found.value[better], found.corner[better]
+        value[winners], corner[winners] = found[better], corners[better]
         kept.alpha[winners], kept.beta[winners] = now.alpha[better], now.beta[better]
         open_ = value[at_work] <= enough
         if step == iterations or not bool(open_.any()):
             break
         if int(open_.sum()) <= _WORTH_DROPPING * len(open_):
             at_work, part, now, adam = at_work[open_], part[open_], now[open_], adam[open_]
-            lines, slopes = lines[open_], (slopes[0][open_], slopes[1][open_])
-        adam.step(now, slopes, step + 1)
+            lines, corners, weight, below = lines[open_], corners[open_], weight[open_], below[open_]
+        # The gradient of the backward pass is a forward pass through the same relaxation.
+        inputs = _forward(lines, network, corners, weight, below)
+        adam.step(now, (weight.clamp(min=0.0) * inputs * lines.free, -lines.side * inputs), step + 1)
     return value, corner, kept
 
 
@@ -269,6 +301,10 @@ class _Lines:
     def __getitem__(self, chosen: Tensor) -> _Lines:
         return _Lines(self.free[chosen], self.fixed[chosen], self.slope[chosen], self.rise[chosen], self.side[chosen])
 
+    def below(self, now: Multipliers) -> Tensor:
+        """The slopes (B, n) of the lower lines."""
+        return torch.where(self.free, now.alpha, self.fixed)
+
     @classmethod
     def of(cls, ranges: Ranges) -> _Lines:
         free = ranges.free
@@ -283,10 +319,12 @@ class _Lines:
         )
 
 
-def _pass(lines: _Lines, network: Reduced, rows: Rows, now: Multipliers) -> tuple[Bound, tuple[Tensor, Tensor]]:
-    """One backward pass, and the gradients with respect to alpha and beta by one forward pass."""
+def _backward(lines: _Lines, network: Reduced, rows: Rows, below: Tensor, now: Multipliers) -> tuple[Tensor, ...]:
+    """The bounds (B,), the coefficients (B, d) of their linear functions and the weights (B, n) on the way there.
+
+    `below` (B, n) are the lower lines' slopes.
+    """
     units = network.units
-    below = torch.where(lines.free, now.alpha, lines.fixed)
     push = lines.side * now.beta
     weight = rows.hidden.clone()
     carried = torch.empty_like(weight)
@@ -300,9 +338,17 @@ def _pass(lines: _Lines, network: Reduced, rows: Rows, now: Multipliers) -> tupl
     pixels = torch.addmm(rows.inputs, carried, units.inputs)
     middle, radius = (network.upper + network.lower) / 2, (network.upper - network.lower) / 2
     value = rows.offset + carried @ units.offset + (weight.clamp(max=0.0) * lines.rise).sum(dim=1)
-    value = value + pixels @ middle - pixels.abs() @ radius
-    corner = middle - pixels.sign() * radius
+    return value + pixels @ middle - pixels.abs() @ radius, pixels, weight
 
+
+def _corner(network: Reduced, pixels: Tensor) -> Tensor:
+    """Where in the box linear functions with these coefficients (B, d) are least."""
+    return (network.upper + network.lower) / 2 - pixels.sign() * (network.upper - network.lower) / 2
+
+
+def _forward(lines: _Lines, network: Reduced, corner: Tensor, weight: Tensor, below: Tensor) -> Tensor:
+    """The relaxation's own idea of each neuron's input (B, n) at the corners (B, d)."""
+    units = network.units
     inputs = torch.addmm(units.offset, corner, units.inputs.T)
     outputs = torch.empty_like(inputs)
     for first, last in network.groups:
@@ -314,6 +360,4 @@ def _pass(lines: _Lines, network: Reduced, rows: Rows, now: Multipliers) -> tupl
             below[:, part] * inputs[:, part],
             lines.slope[:, part] * inputs[:, part] + lines.rise[:, part],
         )
-    toward_alpha = weight.clamp(min=0.0) * inputs * lines.free
-    toward_beta = -lines.side * inputs
-    return Bound(value, pixels, corner, weight, inputs), (toward_alpha, toward_beta)
+    return inputs
