@@ -15,7 +15,7 @@ import numpy as np
 from robustboard.attacks import autoattack
 from robustboard.attacks.complete import verify
 from robustboard.attacks.engine_warnings import read_warnings
-from robustboard.attacks.kernels import standard
+from robustboard.attacks.kernels import ensembles
 from robustboard.bench.crossed_audit import Audit, crossed_audit
 from robustboard.bench.diagnose import breaks_contract
 from robustboard.bench.examiner import REFERENCE_FORWARDS, Examiner
@@ -119,10 +119,10 @@ def _bounds(examiner: Examiner, verdicts: Verdicts) -> None:
 def _attacks(examiner: Examiner, verdicts: Verdicts, *, spared: Flags | None = None) -> None:
     """What is left of PGD and then the board's own attacks, each on what is still open."""
     _pgd(examiner, verdicts, verdicts.open, _other_runs(examiner))
-    for attack in standard.STAGES:
+    for attack in ensembles.STAGES[examiner.track.attacks.ensemble]:
         wanted = verdicts.open & ~spared if spared is not None and attack in THOROUGH else verdicts.open
         before = verdicts.open.mean()
-        examiner.progress.begin(attack, int(wanted.sum()) * standard.FORWARDS[attack])
+        examiner.progress.begin(attack, int(wanted.sum()) * ensembles.FORWARDS[attack])
         targets = None if verdicts.excluded is None else ~verdicts.excluded
         for rows, broken, found in examiner.attack(attack, attack, wanted, targets=targets):
             verdicts.attacked(attack, rows, broken, found)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from robustboard.attacks import keyed
-from robustboard.attacks.kernels import standard
+from robustboard.attacks.kernels import ensembles
 from robustboard.bench.examiner import Examiner
 from robustboard.bench.verdicts import Contradiction, Flags, Rows, Verdicts
 
@@ -99,7 +99,7 @@ def _attack_the_certified(examiner: Examiner, verdicts: Verdicts, audit: Audit) 
     alive = _sample(examiner, verdicts)
     audit.certified_attacked = int(alive.sum())
     for attack in _ATTACKS:
-        examiner.progress.begin(f"audit: {attack}", int(alive.sum()) * standard.FORWARDS[attack])
+        examiner.progress.begin(f"audit: {attack}", int(alive.sum()) * ensembles.FORWARDS[attack])
         for rows, broken, _ in examiner.attack("audit", attack, alive.copy(), most=_TARGETS):
             for row in rows[broken]:
                 audit.contradictions.append(Contradiction(int(row), verdicts.certified_by[row] or "", attack))

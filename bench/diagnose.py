@@ -27,7 +27,7 @@ from robustboard.leaderboard.findings import Diagnosis, Finding
 
 _STAGE = "diagnostics"
 _CONTRACT = ("randomness", "batch-dependence", "autograd-mode", "missing-gradients")
-_GRADIENT_ATTACKS = ("pgd", "apgd_ce", "apgd_t", "fab_t")
+_GRADIENT_ATTACKS = ("pgd", "apgd_ce", "apgd_t", "fab_t", "fast")
 _FAR = 0.5
 """A departure of slopes from which on they differ."""
 _FARTHEST = 2.0

@@ -42,9 +42,12 @@ def cores() -> int:
 _TINY_IMAGE = 256
 
 
-def threads_for(numbers: int) -> int:
-    """The threads for a model of images of so many numbers: one where images are tiny, else every core."""
-    return 1 if numbers <= _TINY_IMAGE else cores()
+def threads_for(numbers: int, *, jobs: int = 1) -> int:
+    """The threads for a model of images of so many numbers: one where images are tiny, else every core.
+
+    With several jobs, each has its share of the cores.
+    """
+    return 1 if numbers <= _TINY_IMAGE else max(1, cores() // jobs)
 
 
 def source_commit() -> tuple[str | None, bool | None]:

@@ -69,8 +69,9 @@ def evaluate(
         session: the model.
         track: the protocol.
         examples: the track's examples, in its order.
-        engine: `"cascade"` attacks what nothing has settled with the board's own attacks; `"reference"` runs AutoAttack
-            itself on every correctly classified example, which costs more and yields the metric `autoattack`.
+        engine: `"cascade"` attacks what nothing has settled with the board's own attacks, the track's ensemble of them;
+            `"reference"` runs AutoAttack itself on every correctly classified example, which costs more and yields the
+            metric `autoattack`.
         complete: complete verification's budget for each example that is open after all attacks, in sub-domains; 0
             leaves it out.
         surrogates: trains the networks that the transfer diagnostic attacks; None where there is no training data.

@@ -8,8 +8,11 @@ thread.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +40,10 @@ REFERENCE_FORWARDS = {"apgd_ce": 103, "apgd_t": 920, "fab_t": 1829, "square": 50
 
 # Enough to see randomness, NaN or a wrong shape, cheap on any network.
 _CHECKED_IMAGES = 16
+
+# With several jobs, each has so many parts of a stage, so that one that is slow does not hold up the others; parts of
+# fewer examples are slower for each.
+_SHARES, _LEAST_SHARE = 2, 16
 
 # A record holds a hundred sentences.
 _MOST_NOTES = 50
@@ -87,6 +94,35 @@ class Proofs:
     excluded: Flags
 
 
+@dataclass(frozen=True)
+class _Request:
+    """One operation, and whom to tell of its work."""
+
+    operation: str
+    params: Mapping[str, Any]
+    arrays: Mapping[str, Array]
+    on_forwards: Callable[[int], None] | None = None
+
+
+class _OneAtATime:
+    """Progress that several threads may tell of."""
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner, self._lock = inner, threading.Lock()
+
+    def begin(self, stage: str, total: int) -> None:
+        with self._lock:
+            self._inner.begin(stage, total)
+
+    def advance(self, steps: int = 1) -> None:
+        with self._lock:
+            self._inner.advance(steps)
+
+    def note(self, **values: float) -> None:
+        with self._lock:
+            self._inner.note(**values)
+
+
 class _Budget:
     """Moves a bar by one example's budget: as its work is told, and at its end by what was not needed."""
 
@@ -131,6 +167,7 @@ class Examiner:
     verified: bool = False
 
     def __post_init__(self) -> None:
+        self.progress = _OneAtATime(self.progress)
         self.images = self.examples.floats()
         self.labels = self.examples.labels
         self.threat = self.track.threat
@@ -194,7 +231,6 @@ class Examiner:
         pgd = self.track.attacks.pgd
         settings = {
             **self._threat_settings(),
-            "keys": [self.examples.hashes[row] for row in rows],
             "seed": pgd.seed,
             "steps": pgd.steps,
             "restarts": pgd.restarts,
@@ -202,7 +238,10 @@ class Examiner:
             "losses": list(pgd.losses_for(self.examples.classes)),
             "runs": None if runs is None else list(runs),
         }
-        return self.perturbed(self._call(stage, "pgd", settings, self._rows(rows), bar=True), rows)
+        parts = self._parts(rows, len(rows))
+        requests = [self._attack_request("pgd", {**settings, "keys": self._keys(part)}, part) for part in parts]
+        found = [self.perturbed(reply, part) for part, reply in self._answers(stage, parts, requests)]
+        return np.concatenate([*found, self.images[:0]])
 
     def attack(
         self, stage: str, attack: str, wanted: Flags, *, targets: Flags | None = None, most: int = TARGETS
@@ -211,7 +250,7 @@ class Examiner:
 
         Args:
             stage: where its cost is entered.
-            attack: one of `robustboard.attacks.kernels.standard.STAGES`.
+            attack: one of `robustboard.attacks.kernels.ensembles.STAGES`.
             wanted: (N,).
             targets: (N, K), the classes worth a try; None for all.
             most: how many classes targeted attacks try.
@@ -220,19 +259,21 @@ class Examiner:
             Rows of one shard, which of them are broken, and their perturbed images.
         """
         found = self.images.copy()
-        places = np.flatnonzero(wanted)
-        for begin in range(0, len(places), self.track.batch_size):
-            rows = places[begin : begin + self.track.batch_size]
-            settings = {
-                **self._threat_settings(),
-                "stage": attack,
-                "keys": [self.examples.hashes[row] for row in rows],
-                "seed": self.track.attacks.autoattack.seed,
-                "most": most,
-            }
-            open_ = np.ones((len(rows), self.examples.classes), dtype=bool) if targets is None else targets[rows]
-            reply = self._call(stage, "attack", settings, {**self._rows(rows), "targets": open_}, bar=True)
-            found[rows] = self.perturbed(reply, rows)
+        parts = self._parts(np.flatnonzero(wanted), self.track.batch_size)
+        settings = {
+            **self._threat_settings(),
+            "stage": attack,
+            "seed": self.track.attacks.autoattack.seed,
+            "most": most,
+        }
+        everything = np.ones((len(self.labels), self.examples.classes), dtype=bool)
+        open_ = everything if targets is None else targets
+        requests = [
+            self._attack_request("attack", {**settings, "keys": self._keys(part)}, part, targets=open_[part])
+            for part in parts
+        ]
+        for part, reply in self._answers(stage, parts, requests):
+            found[part] = self.perturbed(reply, part)
         for shard, rows in self.shards(wanted):
             yield rows, self.confirm(stage, attack, shard, rows, found[rows]), found[rows]
 
@@ -274,8 +315,14 @@ class Examiner:
             "iterations": self.track.bounds.alpha_iterations,
             "memory_bytes": self.track.bounds.memory_mebibytes << 20,
         }
-        reply = self._call(stage, "certify", settings, self._rows(rows))
-        proofs = self._proofs_of(reply, method, rows)
+        parts = self._parts(rows, len(rows))
+        requests = [_Request("certify", settings, self._rows(part)) for part in parts]
+        found = [self._proofs_of(reply, method, part) for part, reply in self._answers(stage, parts, requests)]
+        proofs = Proofs(
+            np.concatenate([part.certified for part in found]),
+            np.concatenate([part.margins for part in found]),
+            np.concatenate([part.excluded for part in found]),
+        )
         self.bounding[method] = self.bounding.get(method, False) or bool(np.isfinite(proofs.margins).any())
         return proofs
 
@@ -291,12 +338,14 @@ class Examiner:
             self.images[rows].copy(), [None] * len(rows), np.zeros((0, self.examples.classes), np.float32)
         )
         margins: list[Floats] = []
-        for place, row in enumerate(rows):
-            one = np.array([row])
-            done = _Budget(nodes, self.progress)
-            reply = self.session.call("complete", settings, self._rows(one), on_forwards=done.advance)
-            done.finish()
-            self.costs[stage].add(reply)
+        singles = [np.array([row]) for row in rows]
+        budgets = [_Budget(nodes, self.progress) for _ in rows]
+        requests = [
+            _Request("complete", settings, self._rows(one), budget.advance)
+            for one, budget in zip(singles, budgets, strict=True)
+        ]
+        for place, (one, reply) in enumerate(self._answers(stage, singles, requests)):
+            budgets[place].finish()
             proofs = self._proofs_of(reply, "complete", one)
             if reply.values.get("reason") is not None:
                 if self.verified:
@@ -377,6 +426,24 @@ class Examiner:
         more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
         return f"example{'s' if len(rows) > 1 else ''} {', '.join(names)}{more}"
 
+    def _parts(self, rows: Rows, most: int) -> list[Rows]:
+        """Rows in parts of at most `most`, and so small that every job of the session has its share."""
+        shares = 1 if self.session.jobs == 1 else _SHARES * self.session.jobs
+        size = max(1, min(most, max(_LEAST_SHARE, math.ceil(len(rows) / shares))))
+        return [rows[first : first + size] for first in range(0, len(rows), size)] or [rows]
+
+    def _keys(self, rows: Rows) -> list[str]:
+        return [self.examples.hashes[row] for row in rows]
+
+    def _attack_request(self, operation: str, params: Mapping[str, Any], rows: Rows, **arrays: Array) -> _Request:
+        return _Request(operation, params, {**self._rows(rows), **arrays}, self.progress.advance)
+
+    def _answers(self, stage: str, parts: Sequence[Rows], requests: Sequence[_Request]) -> Iterator[tuple[Rows, Reply]]:
+        """Each part with its reply, in order; as many are asked at a time as the session has jobs."""
+        for part, reply in zip(parts, _asked(self.session, requests), strict=True):
+            self.costs[stage].add(reply)
+            yield part, reply
+
     def _threat_settings(self) -> dict[str, Any]:
         return {"norm": self.threat.norm, "eps": str(self.threat.eps)}
 
@@ -389,3 +456,23 @@ class Examiner:
         reply = self.session.call(operation, params, arrays, on_forwards=self.progress.advance if bar else None)
         self.costs[stage].add(reply)
         return reply
+
+
+def _asked(session: Session, requests: Iterable[_Request]) -> Iterator[Reply]:
+    def ask(request: _Request) -> Reply:
+        return session.call(request.operation, request.params, request.arrays, on_forwards=request.on_forwards)
+
+    if session.jobs == 1:
+        yield from map(ask, requests)
+        return
+    with ThreadPoolExecutor(session.jobs) as threads:
+        futures = [threads.submit(ask, request) for request in requests]
+        try:
+            for future in futures:
+                yield future.result()
+        except (KeyboardInterrupt, SystemExit):
+            # Whoever interrupts does not wait for what is at work.
+            session.close()
+            raise
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)

@@ -23,7 +23,7 @@ from robustboard.attacks import autoattack, bounds, own_certificates
 from robustboard.attacks.complete import verify
 from robustboard.attacks.counting import PassCounter
 from robustboard.attacks.gradient_checks import FiniteGradients
-from robustboard.attacks.kernels import standard
+from robustboard.attacks.kernels import ensembles
 from robustboard.attacks.kernels.batches import examples_at_a_time
 from robustboard.attacks.kernels.strided import quick_input_gradients
 from robustboard.attacks.pgd import pgd
@@ -210,7 +210,7 @@ class Operations:
         targets = self._tensor(arrays["targets"])
 
         def attack(images: Tensor, labels: Tensor, rows: slice) -> Tensor:
-            return standard.run(
+            return ensembles.run(
                 params["stage"],
                 self._target,
                 images,

@@ -80,6 +80,7 @@ class WorkerProcess:
         silence_seconds: float = SILENCE_SECONDS,
         workers: Workers | None = None,
     ) -> None:
+        self.jobs = 1
         self._load_seconds = load_seconds
         self._silence_seconds = silence_seconds
         self._workers = workers or Workers()

@@ -14,23 +14,25 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
 from torch import nn
 
 from robustboard.bench.attack_seeds import SeedStudy, study_attack_seeds
 from robustboard.bench.cascade import Engine
 from robustboard.bench.datasets import Dataset, data_folders, from_arrays, load_dataset
-from robustboard.bench.entrants import find_entrant, require_known
+from robustboard.bench.entrants import Brought, Entrant, find_entrant, require_known
 from robustboard.bench.environment import threads_for
 from robustboard.bench.evaluate import Evaluation, evaluate
 from robustboard.bench.examiner import Floats
 from robustboard.bench.official import corrupted_images
 from robustboard.bench.perturbed_file import write_perturbed
+from robustboard.bench.pool import Pool, started
 from robustboard.bench.process import LOAD_SECONDS, WorkerProcess, Workers
 from robustboard.bench.protocol import Examples, Track, load_track, resolve, select, training_data
 from robustboard.bench.report import build_record
@@ -38,7 +40,7 @@ from robustboard.bench.rescore import rescore
 from robustboard.bench.session import LocalSession
 from robustboard.bench.surrogates import Surrogate, Surrogates, surrogates_of
 from robustboard.defenses.adapter import NoProgress, Progress
-from robustboard.errors import DataError, GateError, OutputError
+from robustboard.errors import DataError, GateError, ModelError, OutputError
 from robustboard.files import replace_file, require_writable
 from robustboard.leaderboard.record import RECORD_FILE, DefenseInfo, Record, save
 
@@ -54,8 +56,9 @@ class Request:
         seed: the training seed.
         overrides: hyper-parameters by name.
         device: a torch device.
-        threads: of the model's process; None takes every core, or one where images are tiny.
-        engine: see `evaluate`.
+        threads: of each of the model's processes; None shares out every core, or takes one where images are tiny.
+        jobs: how many processes judge the model side by side; no verdict depends on it.
+        engine: see `evaluate`; `"fast"` is the cascade on the track's fast mode, which is a track of its own.
         complete: see `evaluate`.
         attack_seeds: how many other seeds the attacks are run with on a subset; see `study_attack_seeds`.
         runs: where run directories are made.
@@ -72,7 +75,8 @@ class Request:
     overrides: Mapping[str, object] = field(default_factory=dict)
     device: str = "cpu"
     threads: int | None = None
-    engine: Engine = "cascade"
+    jobs: int = 1
+    engine: Engine | Literal["fast"] = "cascade"
     complete: int = 0
     attack_seeds: int = 0
     runs: Path = Path("runs")
@@ -115,26 +119,34 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
     require_known(request.defense, request.overrides)
     track = load_track(request.track)
     track = track if request.n is None else track.limited(request.n)
+    track, engine = _as_asked(track, request.engine)
     dataset = load_dataset(track.dataset, data_dirs=data_folders(request.data_dirs), download=request.download)
     track, examples = resolve(track, dataset), select(track, dataset)
     pictures = corrupted_images(track, examples, data_folders(request.data_dirs))
     entrant = find_entrant(request.defense, request.overrides, track, dataset, seed=request.seed)
-    run = entrant.key if request.engine == "cascade" else f"{entrant.key}-{request.engine}"
+    run = entrant.key if engine == "cascade" else f"{entrant.key}-{engine}"
     run = f"{run}-complete-{request.complete}" if request.complete else run
     folder = request.run_dir or request.runs / track.id / entrant.info.name / run
     require_writable(folder, f"The run directory {folder}")
-    threads = request.threads or threads_for(examples.images[0].size)
+    threads = request.threads or threads_for(examples.images[0].size, jobs=request.jobs)
     watched.begin("the model's process", 1)
-    with WorkerProcess(
-        device=request.device, threads=threads, load_seconds=request.load_seconds, workers=workers
-    ) as worker:
-        brought = entrant.enter(worker, folder, watched)
+    group = workers or Workers()
+
+    def start() -> WorkerProcess:
+        return WorkerProcess(device=request.device, threads=threads, load_seconds=request.load_seconds, workers=group)
+
+    with started(request.jobs, start) as processes:
+        brought = entrant.enter(processes[0], folder, watched)
+        for other in processes[1:]:
+            _follow(other, entrant, brought, folder)
+        device = processes[0].device
+        worker = Pool(processes) if request.jobs > 1 else processes[0]
         try:
             found = evaluate(
                 worker,
                 track,
                 examples,
-                engine=request.engine,
+                engine=engine,
                 complete=request.complete,
                 surrogates=_surrogates(track, dataset, folder=_common_folder(request, track, folder)),
                 progress=watched,
@@ -151,7 +163,6 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
             # An earlier record of this very run is in doubt now, so it must not be published either.
             shutil.rmtree(folder / "record", ignore_errors=True)
             raise
-        device = worker.device
     record = build_record(
         found,
         track=track,
@@ -179,7 +190,7 @@ def score(
     name: str | None = None,
     n: int | None = None,
     device: str | torch.device = "cpu",
-    engine: Engine = "cascade",
+    engine: Engine | Literal["fast"] = "cascade",
     complete: int = 0,
     data_dirs: Sequence[Path] = (),
     progress: Progress | None = None,
@@ -194,7 +205,7 @@ def score(
         name: what to call it; by default its class's name.
         n: judge only the first n examples.
         device: a torch device.
-        engine: see `evaluate`.
+        engine: as in `Request`.
         complete: see `evaluate`.
         data_dirs: folders to look for data in, before those of ROBUSTBOARD_DATA.
         progress: told of every stage.
@@ -207,6 +218,7 @@ def score(
     """
     loaded = track if isinstance(track, Track) else load_track(track)
     loaded = loaded if n is None else loaded.limited(n)
+    loaded, judged_by = _as_asked(loaded, engine)
     if data is None:
         dataset = load_dataset(loaded.dataset, data_dirs=data_folders(data_dirs))
     else:
@@ -216,7 +228,7 @@ def score(
         LocalSession(model, torch.device(device)),
         loaded,
         examples,
-        engine=engine,
+        engine=judged_by,
         complete=complete,
         surrogates=_surrogates(loaded, dataset),
         progress=progress,
@@ -237,6 +249,24 @@ def score(
         device=str(device),
         threads=torch.get_num_threads(),
     )
+
+
+def _follow(worker: WorkerProcess, entrant: Entrant, brought: Brought, folder: Path) -> None:
+    """Bring the model that is in the first process into another one.
+
+    Raises:
+        ModelError: if it does not get there.
+    """
+    found = entrant.enter(worker, folder, NoProgress())
+    if found.checkpoint_sha256 == brought.checkpoint_sha256:
+        return
+    if brought.weights is None:
+        raise ModelError("The submission's files changed while its processes read them; the run stops.")
+    worker.restore(from_safetensors(brought.weights))
+
+
+def _as_asked(track: Track, engine: Engine | Literal["fast"]) -> tuple[Track, Engine]:
+    return (track.hurried(), "cascade") if engine == "fast" else (track, engine)
 
 
 def _surrogates(track: Track, dataset: Dataset, *, folder: Path | None = None) -> Surrogates:

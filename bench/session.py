@@ -14,7 +14,13 @@ from robustboard.bench.operations import Operations, Reply
 
 
 class Session(Protocol):
-    """A model that answers operations; see `Operations` for their names."""
+    """A model that answers operations; see `Operations` for their names.
+
+    Attributes:
+        jobs: how many operations it carries out at a time, each called from a thread of its own.
+    """
+
+    jobs: int
 
     def call(
         self,
@@ -39,6 +45,8 @@ class Session(Protocol):
 
 class LocalSession:
     """A session with a module of this process, judged on a copy in eval mode so that the caller's stays as it is."""
+
+    jobs = 1
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._forwards: Callable[[int], None] | None = None

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from robustboard.attacks.threat import ThreatModel
@@ -42,7 +43,8 @@ def trained(defense: str, track_id: str, *, eps: str | None = None, n: int, **se
         progress=NoProgress(),
         checkpoints=CheckpointStore(TRAININGS / track.id / name),
     )
-    judged = track.limited(n)
+    # Not `limited`: some benchmarks judge more examples than the track does.
+    judged = track.model_copy(update={"n": n, "images_sha256": None})
     if eps is not None:
         judged = judged.model_copy(update={"threat": ThreatModel.parse("linf", eps)})
     judged = resolve(judged, dataset)
@@ -89,6 +91,39 @@ def third_party(data: str, eps: str, n: int = 200) -> Case:
     return Case(model.eval(), track, select(track, dataset))
 
 
+MODEL = """
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append({benchmarks!r})
+
+def make():
+    return torch.load(Path(__file__).with_name("model.pt"), weights_only=False)
+"""
+MANIFEST = """
+[defense]
+name = "benchmarked"
+title = "A benchmarked network"
+year = 2026
+[model]
+factory = "model.py:make"
+weights = "weights.safetensors"
+"""
+
+
+def handed_in(case: Case, folder: Path) -> Path:
+    """The network as a submission, for processes of its own; the path of its manifest."""
+    (folder / "model.py").write_text(MODEL.format(benchmarks=str(Path(__file__).parent)))
+    (folder / "defense.toml").write_text(MANIFEST)
+    torch.save(case.model, folder / "model.pt")
+    save_file(
+        {name: value.contiguous() for name, value in case.model.state_dict().items()}, folder / "weights.safetensors"
+    )
+    return folder / "defense.toml"
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "undefended, MNIST 3/10": lambda: trained("standard", "mnist-linf@1", eps="3/10", n=1000, epochs=2),
     "distilled at T = 100, MNIST 3/10": lambda: trained("distillation", "mnist-linf@1", eps="3/10", n=1000, epochs=2),
@@ -96,3 +131,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "CROWN-IBP, MNIST 1/10": lambda: trained("crown-ibp", "mnist-linf@1", n=200),
     "mnist_cnn_a_adv, 3/10": lambda: third_party("mnist", "3/10"),
 }
+
+
+def growing(n: int) -> Case:
+    """The network on which cost is shown to grow with the number of examples: most of them are attacked and bounded."""
+    return trained("crown-ibp", "mnist-linf@1", n=n)

@@ -14,8 +14,8 @@ HEAD = """# Performance
 
 This page is written by `make bench`. Each line is one network: the whole verdict (contract, attacks, IBP, CROWN-IBP
 and CROWN bounds, crossed audit; no diagnostics and no corruptions) beside unmodified AutoAttack alone, at the best of
-its batch sizes, one of theirs before each of ours, one thread, medians of {rounds} runs. `ratio` is their time over
-ours. Passes are examples forward and backward through the network. AutoAttack draws with seed 0; examples are the
+its batch sizes, one of theirs before each of ours, medians of {rounds} runs. Both have {cores} cores: AutoAttack as so
+many threads, we as so many processes of one thread each (`score --jobs {cores}`). `ratio` is their time over ours. Passes are examples forward and backward through the network. AutoAttack draws with seed 0; examples are the
 track's first n.
 
 Made with {what}.
@@ -24,8 +24,17 @@ Made with {what}.
 |---|---|---|---|---|---|---|---|---|---|
 """
 FOOT = """
-Where our time went, in seconds of the last run:
+Where our time went, in seconds of the last run, added up over the processes:
 
+"""
+GROWTH = """
+## With more examples
+
+The verdicts of CROWN-IBP on MNIST at 1/10 for the first n images, each n in a process of its own, one thread, one run.
+Peak memory is the process's largest resident set, the loaded data set, torch and auto_LiRPA included.
+
+| n | seconds | milliseconds an example | passes an example | peak memory |
+|---|---|---|---|---|
 """
 
 
@@ -50,6 +59,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def _page(found: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     what = f"Python {python_version()}, torch {torch.__version__}, {versions} on {machine()}, {cores()} cores"
+    growth = [one for one in found if "peak_mebibytes" in one]
+    found = [one for one in found if "ratio" in one]
     lines = []
     for one in found:
         theirs = _passes(one["autoattack_forwards"], one["autoattack_backwards"])
@@ -58,9 +69,14 @@ def _page(found: list[dict[str, Any]]) -> str:
         shares = " | ".join(f"{one[name]:.1%}" for name in ("autoattack", "robust", "certified"))
         lines.append(f"| {one['case']} | {one['n']} | {seconds} | {theirs} | {ours} | {shares} |")
     stages = [f"- {one['case']}: {', '.join(f'{name} {s}' for name, s in one['stages'].items())}" for one in found]
-    return (
-        HEAD.format(rounds=found[0]["rounds"], what=what) + "\n".join([*lines, FOOT.rstrip("\n"), "", *stages]) + "\n"
-    )
+    page = HEAD.format(rounds=found[0]["rounds"], cores=found[0]["cores"], what=what) if found else "# Performance\n"
+    page += "\n".join([*lines, FOOT.rstrip("\n"), "", *stages]) + "\n" if found else ""
+    return page + (GROWTH + "\n".join(map(_growth, growth)) + "\n" if growth else "")
+
+
+def _growth(one: dict[str, Any]) -> str:
+    each = f"{1000 * one['seconds'] / one['n']:.1f} | {one['passes'] / one['n']:.0f}"
+    return f"| {one['n']} | {one['seconds']:.1f} | {each} | {one['peak_mebibytes']:.0f} MiB |"
 
 
 def _passes(forwards: int, backwards: int) -> str:

@@ -1,6 +1,6 @@
 """The whole verdict (attacks, bounds, crossed audit) beside unmodified AutoAttack, in one run on one machine.
 
-Run with `make bench`. Nothing here passes or fails on time: the ratio, the passes and both robust accuracies are
+Both have the same cores: AutoAttack as many threads, we as many processes (`score --jobs`). Run with `make bench`. Nothing here passes or fails on time: the ratio, the passes and both robust accuracies are
 printed after the table and written to docs/performance.md.
 """
 
@@ -11,23 +11,28 @@ import time
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, Case, handed_in
 
 from robustboard.attacks.counting import PassCounter
 from robustboard.bench.cascade import judge
+from robustboard.bench.environment import cores
 from robustboard.bench.examiner import Examiner
-from robustboard.bench.session import LocalSession
+from robustboard.bench.pool import Pool, started
+from robustboard.bench.process import WorkerProcess
+from robustboard.bench.session import LocalSession, Session
 from robustboard.bench.verdicts import Verdicts
 from robustboard.defenses.adapter import NoProgress
 
 ROUNDS = 3
+CORES = cores()
 # AutoAttack is given the best of these.
 BATCH_SIZES = (50, 200, 1000)
 
 
-def ours(case: Case) -> tuple[Verdicts, Examiner]:
-    """The verdicts of one case."""
-    examiner = Examiner(LocalSession(case.model, torch.device("cpu")), case.track, case.examples, NoProgress())
+def ours(case: Case, session: Session | None = None) -> tuple[Verdicts, Examiner]:
+    """The verdicts of one case; without a session in this process."""
+    session = session or LocalSession(case.model, torch.device("cpu"))
+    examiner = Examiner(session, case.track, case.examples, NoProgress())
     verdicts = Verdicts(case.examples.hashes, case.examples.labels)
     judge(examiner, verdicts)
     assert not verdicts.contradictions()
@@ -49,9 +54,17 @@ def reference(case: Case, batch_size: int, n: int | None = None) -> tuple[float,
 
 @pytest.mark.benchmark(group="whole verdict")
 @pytest.mark.parametrize("name", CASES)
-def test_our_verdict_beside_autoattack(benchmark, name):
-    torch.set_num_threads(1)
+def test_our_verdict_beside_autoattack(benchmark, name, tmp_path):
+    torch.set_num_threads(CORES)
     case = CASES[name]()
+    with started(CORES, WorkerProcess) as workers:
+        for worker in workers:
+            worker.load(handed_in(case, tmp_path))
+        compare(benchmark, name, case, Pool(workers))
+
+
+def compare(benchmark, name: str, case: Case, session: Session) -> None:
+    """Time them by turns."""
     count = len(case.examples)
     sizes = [size for size in BATCH_SIZES if size <= count]
     probed = {size: reference(case, size, n=count // 5)[0] for size in sizes} if len(sizes) > 1 else {}
@@ -62,7 +75,7 @@ def test_our_verdict_beside_autoattack(benchmark, name):
         # One of theirs for each of ours, so that both see the same machine.
         times.append(reference(case, best))
 
-    verdicts, examiner = benchmark.pedantic(lambda: ours(case), setup=alternate, rounds=ROUNDS)
+    verdicts, examiner = benchmark.pedantic(lambda: ours(case, session), setup=alternate, rounds=ROUNDS)
     seconds = statistics.median(one for one, _ in times)
     with PassCounter(case.model) as passes:
         _, accuracy = reference(case, best)
@@ -72,6 +85,7 @@ def test_our_verdict_beside_autoattack(benchmark, name):
         "case": name,
         "n": count,
         "rounds": ROUNDS,
+        "cores": CORES,
         "ours_seconds": round(benchmark.stats.stats.median, 2),
         "autoattack_seconds": round(seconds, 2),
         "ratio": round(seconds / benchmark.stats.stats.median, 2),

@@ -22,6 +22,8 @@ ATTACKS: Final = ("pgd", "apgd_ce", "apgd_t", "fab_t", "square")
 """The cascade's attacks, in the order they run."""
 REFERENCE: Final = "autoattack"
 """The column of the reference engine: whether an example survived all of AutoAttack."""
+FAST: Final = "fast"
+"""The column of the fast attack, in tables of tracks whose attack it is."""
 COMPLETE: Final = "complete"
 """The column of complete verification, in tables of runs that had it: whether it found no counter-example."""
 CHALLENGE: Final = "challenge"
@@ -29,7 +31,7 @@ CHALLENGE: Final = "challenge"
 VERDICTS: Final = ("misclassified", "broken", "certified", "undecided")
 
 _ALWAYS_THERE: Final = (*ATTACKS, REFERENCE)
-_PROTOCOL_ATTACKS: Final = (*_ALWAYS_THERE, COMPLETE)
+_PROTOCOL_ATTACKS: Final = (*_ALWAYS_THERE, FAST, COMPLETE)
 _ALL_ATTACKS: Final = (*_PROTOCOL_ATTACKS, CHALLENGE)
 # The names that are left out here are those of means, in the metrics.
 _CONDITION: Final = r"(?!(?:robust|standard-15|rift-18)/)([a-z0-9][a-z0-9_-]{0,39})/([1-9][0-9]?)"
@@ -51,7 +53,7 @@ _FIXED: Final[dict[str, str]] = {
     "margin_lower": "nullable float64",
     "verdict": "text",
 }
-_OPTIONAL: Final[dict[str, str]] = dict.fromkeys((COMPLETE, CHALLENGE), "nullable boolean")
+_OPTIONAL: Final[dict[str, str]] = dict.fromkeys((FAST, COMPLETE, CHALLENGE), "nullable boolean")
 _ARROW: Final[dict[str, pa.DataType]] = {
     "text": pa.string(),
     "nullable text": pa.string(),

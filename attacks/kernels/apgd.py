@@ -30,7 +30,8 @@ _FIRST, _SHORTER, _SHORTEST = 0.22, 0.03, 0.06
 # Gathering what is left costs about as much as a step over the pixels.
 _WORTH_COMPACTING = 1 / 16
 
-_Objective = Callable[[Tensor, Tensor], Tensor]
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""A loss to be maximised: logits (R, K) and what is wanted, a row an example, to (R,)."""
 
 
 def apgd(
@@ -67,7 +68,9 @@ def apgd(
     rows = survivors.left()
     if len(rows):
         words = (seed, f"apgd-{loss}")
-        _ascend(survivors, rows, labels[rows], objective, _starts(survivors, rows, threat, keys, words), threat, steps)
+        ascend_from(
+            survivors, rows, labels[rows], objective, _starts(survivors, rows, threat, keys, words), threat, steps
+        )
     return survivors.adversarial
 
 
@@ -109,11 +112,11 @@ def apgd_targeted(
             chosen = classes == target
             starts[chosen] = _starts(survivors, rows[chosen], threat, keys, (seed, "apgd-t", target))
         pairs = torch.stack([labels[rows], classes], dim=1)
-        _ascend(survivors, rows, pairs, _targeted_loss(survivors.logits.shape[1]), starts, threat, steps)
+        ascend_from(survivors, rows, pairs, _targeted_loss(survivors.logits.shape[1]), starts, threat, steps)
     return survivors.adversarial
 
 
-def _targeted_loss(classes: int) -> _Objective:
+def _targeted_loss(classes: int) -> Objective:
     def loss(logits: Tensor, pairs: Tensor) -> Tensor:
         own, target = logits.gather(1, pairs).unbind(dim=1)
         if classes < 4:
@@ -161,16 +164,29 @@ class _State:
             setattr(self, one.name, getattr(self, one.name)[chosen])
 
 
-def _ascend(
+def ascend_from(
     survivors: Survivors,
     rows: Tensor,
     goal: Tensor,
-    objective: _Objective,
+    objective: Objective,
     starts: Tensor,
     threat: ThreatModel,
     steps: int,
 ) -> None:
-    """Run APGD on `rows`, (R,), from `starts`; `goal` is the loss's second argument."""
+    """Run APGD on some examples from given starts; who is broken is noted and leaves.
+
+    Args:
+        survivors: whom the examples are of.
+        rows: whom to attack, int64 (R,), unbroken.
+        goal: the loss's second argument, (R,) or (R, ...).
+        objective: the loss, of logits (R, K) and `goal`, (R,).
+        starts: (R, C, H, W), in the ball.
+        threat: the ball.
+        steps: forward and backward passes an example; the start takes one more.
+
+    Raises:
+        ModelError: if the logits or input gradients are missing or not finite.
+    """
     loss, gradient, held = _look(survivors, rows, starts, goal, objective)
     state = _State(
         rows=rows,
@@ -223,7 +239,7 @@ def _lengths(steps: int) -> Iterator[int]:
 
 
 def _look(
-    survivors: Survivors, rows: Tensor, points: Tensor, goal: Tensor, objective: _Objective, *, last: bool = False
+    survivors: Survivors, rows: Tensor, points: Tensor, goal: Tensor, objective: Objective, *, last: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pass: losses, input gradients, and which of the points are still classified correctly."""
     points = points.detach()

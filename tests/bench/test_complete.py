@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import robustboard
 from robustboard.attacks.complete import verify
-from robustboard.attacks.kernels import standard
+from robustboard.attacks.kernels import ensembles
 from robustboard.attacks.pgd import ascend
 from robustboard.attacks.threat import ThreatModel
 from robustboard.bench.score import Request, score_defense
@@ -76,13 +76,13 @@ def model(digits):
 @pytest.fixture(autouse=True)
 def _weak_attacks_alone(monkeypatch):
     """The other attacks would leave complete verification no counter-example to find, and take most of the time."""
-    monkeypatch.setattr(standard, "STAGES", ())
+    monkeypatch.setattr(ensembles, "STAGES", {"standard": ()})
 
 
 @pytest.fixture(scope="module")
 def record(model, digits):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(standard, "STAGES", ())
+        patch.setattr(ensembles, "STAGES", {"standard": ()})
         return robustboard.score(model, track=_track(), data=digits[:2], complete=NODES)
 
 

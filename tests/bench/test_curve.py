@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import robustboard
 from robustboard.attacks import bounds
-from robustboard.attacks.kernels import standard
+from robustboard.attacks.kernels import ensembles
 from robustboard.attacks.threat import ThreatModel
 from robustboard.bench import curve as curves
 from robustboard.bench import operations
@@ -65,7 +65,7 @@ def network() -> nn.Module:
 @pytest.fixture
 def no_square(monkeypatch):
     """The attacks less APGD-T and the thousands of Square queries, for what does not depend on them."""
-    monkeypatch.setattr(standard, "STAGES", ("apgd_ce", "fab_t"))
+    monkeypatch.setattr(ensembles, "STAGES", {"standard": ("apgd_ce", "fab_t")})
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_reused_verdicts_are_those_of_a_run_at_each_radius(task, no_square):
 
 
 def test_a_trace_repeats_and_a_part_of_the_grid_says_the_same(task, monkeypatch):
-    monkeypatch.setattr(standard, "STAGES", ("apgd_ce",))
+    monkeypatch.setattr(ensembles, "STAGES", {"standard": ("apgd_ce",)})
     session, track, examples = task
     first, part = trace(session, track, examples, GRID), trace(session, track, examples, GRID[1::2])
     again = trace(session, track, examples, GRID[1::2])

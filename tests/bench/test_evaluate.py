@@ -16,7 +16,7 @@ from torch import nn
 
 import robustboard
 from robustboard.attacks import bounds
-from robustboard.attacks.kernels import standard
+from robustboard.attacks.kernels import ensembles
 from robustboard.attacks.keyed import content_hash
 from robustboard.attacks.threat import ThreatModel
 from robustboard.bench import operations, verdicts
@@ -250,7 +250,7 @@ def _hidden() -> nn.Module:
 def _quick(operation: str, monkeypatch):
     """A run that is short and asks for the operation; complete verification is asked where nothing else proves."""
     if operation != "attack":
-        monkeypatch.setattr(standard, "STAGES", ())
+        monkeypatch.setattr(ensembles, "STAGES", {"standard": ()})
     if operation == "complete":
         monkeypatch.setattr(verdicts.Verdicts, "bounded", _none_but_complete(verdicts.Verdicts.bounded))
     return _track(n=8, attacks={"pgd": {"steps": 1, "restarts": 1}}, bounds={"methods": ["ibp"]})
@@ -312,7 +312,7 @@ def test_bounds_that_are_no_numbers_certify_nothing(monkeypatch):
 
 
 def test_more_notes_than_a_record_holds_are_left_out(monkeypatch):
-    monkeypatch.setattr(standard, "STAGES", ())
+    monkeypatch.setattr(ensembles, "STAGES", {"standard": ()})
     _lying(monkeypatch, "certify", _told(notes=[f"Note {number}." for number in range(500)]))
     record = robustboard.score(Net(), track=_track(), data=DATA)
     assert 10 < len(record.notes) <= 100

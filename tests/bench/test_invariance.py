@@ -21,6 +21,7 @@ from torch import nn
 from robustboard.bench.cascade import judge
 from robustboard.bench.datasets import load_dataset
 from robustboard.bench.examiner import Examiner
+from robustboard.bench.pool import Pool
 from robustboard.bench.process import WorkerProcess
 from robustboard.bench.protocol import Examples, Track, load_track, resolve, select, training_data
 from robustboard.bench.session import LocalSession, Session
@@ -126,14 +127,11 @@ def test_the_order_of_the_examples_changes_no_verdict(network, question, expecte
 
 
 def test_two_workers_give_the_verdicts_of_one(submission, question, expected):
-    """Each of two processes judges every other example, with another number of threads."""
-    track, examples = question
-    tables = []
-    for place in (0, 1):
-        with WorkerProcess(threads=place + 1) as worker:
+    """Whoever is idle takes the next part, so who judges an example is chance; one of the two has another thread."""
+    with WorkerProcess(threads=1) as first, WorkerProcess(threads=2) as second:
+        for worker in (first, second):
             worker.load(submission)
-            tables.append(verdicts_of(worker, track, chosen(examples, np.arange(place, len(examples), 2))))
-    same(pd.concat(tables).sort_index(), expected)
+        same(verdicts_of(Pool([first, second]), *question), expected)
 
 
 @contextmanager

@@ -1,7 +1,9 @@
-"""The four attacks of AutoAttack's standard version (Croce & Hein 2020, arXiv 2003.01690) as the board runs them.
+"""The attacks that follow PGD, by the name of their ensemble.
 
-They are no AutoAttack: they have its steps, targets and queries, but their own draws, which are keyed by the example,
-and they leave out what a certificate has settled. `robustboard.attacks.autoattack` runs the authors' code.
+`standard` has the four attacks of AutoAttack's standard version (Croce & Hein 2020, arXiv 2003.01690) as the board runs
+them. They are no AutoAttack: they have its steps, targets and queries, but their own draws, which are keyed by the
+example, and they leave out what a certificate has settled. `robustboard.attacks.autoattack` runs the authors' code.
+`fast` is one attack of a tenth of their passes, for tracks of its own.
 """
 
 from __future__ import annotations
@@ -13,16 +15,26 @@ from torch import Tensor, nn
 
 from robustboard.attacks.kernels.apgd import STEPS, TARGETS, apgd, apgd_targeted
 from robustboard.attacks.kernels.fab import fab_targeted
+from robustboard.attacks.kernels.fast import FORWARDS as FAST_FORWARDS
+from robustboard.attacks.kernels.fast import fast
 from robustboard.attacks.kernels.square import square
 from robustboard.attacks.threat import ThreatModel
 from robustboard.errors import TrackError
 
-STAGES = ("apgd_ce", "apgd_t", "fab_t", "square")
+STAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"standard": ("apgd_ce", "apgd_t", "fab_t", "square"), "fast": ("fast",)}
+)
 QUERIES = 5000
 
 # Forward passes of an example that survives, with ten classes: for progress bars only.
 FORWARDS: Mapping[str, int] = MappingProxyType(
-    {"apgd_ce": STEPS + 2, "apgd_t": TARGETS * (STEPS + 1), "fab_t": TARGETS * (STEPS + 1), "square": QUERIES + 2}
+    {
+        "apgd_ce": STEPS + 2,
+        "apgd_t": TARGETS * (STEPS + 1),
+        "fab_t": TARGETS * (STEPS + 1),
+        "square": QUERIES + 2,
+        "fast": FAST_FORWARDS,
+    }
 )
 
 
@@ -41,7 +53,7 @@ def run(
     """Run one stage.
 
     Args:
-        stage: one of `STAGES`.
+        stage: one of those in `STAGES`.
         model: in eval mode; float32 images (N, C, H, W) in [0, 1] to logits (N, K).
         images: the clean images, on the model's device.
         labels: int64 (N,).
@@ -66,4 +78,6 @@ def run(
         return fab_targeted(model, images, labels, threat=threat, targets=targets, most=most)
     if stage == "square":
         return square(model, images, labels, threat=threat, keys=keys, seed=seed, queries=QUERIES)
-    raise TrackError(f"The attack {stage!r} is unknown; choose from {', '.join(STAGES)}.")
+    if stage == "fast":
+        return fast(model, images, labels, threat=threat, keys=keys, seed=seed)
+    raise TrackError(f"The attack {stage!r} is unknown; choose from {', '.join(FORWARDS)}.")
