@@ -32,12 +32,13 @@ from robustboard.bench.cli_options import (
     overrides,
     print_json,
 )
-from robustboard.bench.cli_tables import print_board, print_record
+from robustboard.bench.cli_tables import print_board, print_estimate, print_record
 from robustboard.errors import FindingError, OutputError, RobustBoardError, TrackingError, first_line
 
 if TYPE_CHECKING:
     from robustboard.bench.claims.claim import PaperClaim
     from robustboard.bench.claims.store import Result
+    from robustboard.bench.score import Request
 
 app = typer.Typer(
     name="robustboard",
@@ -174,6 +175,9 @@ def score(
     data_dir: DataDir = None,
     download: Download = False,
     load_seconds: LoadSeconds = 60.0,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only predict how long it would take, stage by stage; write nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train or load one defense, judge it on a track, and write its record."""
@@ -199,6 +203,9 @@ def score(
         download=download,
         load_seconds=load_seconds,
     )
+    if estimate:
+        _estimate(request, logged=not no_mlflow, as_json=as_json)
+        return
     uri = None if no_mlflow else mlflow_store.store_uri(mlflow, runs)
     if uri is not None:
         mlflow_store.check(uri)
@@ -218,6 +225,19 @@ def score(
         except TrackingError as error:
             raise TrackingError(f"{error} The record itself is safe in {scored.folder}.") from error
         console.print(f"Logged to {mlflow_store.without_password(uri)}", markup=False, highlight=False)
+
+
+def _estimate(request: Request, *, logged: bool, as_json: bool) -> None:
+    from robustboard.bench.environment import process_age
+    from robustboard.bench.estimate import estimate
+    from robustboard.bench.progress import Bars
+
+    with Bars(Console(stderr=True)) as bars:
+        found = estimate(request, bars.job("estimate"), begun=process_age(), logged=logged)
+    if as_json:
+        print_json(found.as_json())
+    else:
+        print_estimate(found)
 
 
 @app.command(epilog="Example: robustboard leaderboard --records runs --out site")

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
+    from robustboard.bench.estimate import Estimate
     from robustboard.leaderboard.record import Record
 
 _CORRUPTION_METRICS = ("corruption/standard-15", "corruption/rift-18", "corruption/robust")
@@ -29,6 +30,20 @@ def print_board(records: Sequence[Record]) -> None:
         values = (f"{record.metrics[name].value:.1%}" if name in record.metrics else "not run" for name in shown)
         table.add_row(record.defense.name, _shown(record, "robust"), *values)
     Console().print(table)
+
+
+def print_estimate(found: Estimate) -> None:
+    """Print how long a score would take: each stage, the total, and what limits the numbers."""
+    numbers = (Column(head, justify="right", no_wrap=True) for head in ("seconds", "from", "to"))
+    table = Table("stage", *numbers, box=None, header_style="bold", pad_edge=False)
+    for row in (*found.stages, found.total):
+        table.add_row(row.stage, *(f"{value:.1f}" for value in (row.seconds, row.low, row.high)))
+    console = Console()
+    console.print(f"Scoring {found.defense} on {found.track}, n = {found.n}, would take:", highlight=False)
+    console.print(table)
+    for note in found.notes:
+        console.print(f"Note: {note}", markup=False, highlight=False)
+    console.print(f"This estimate took {found.took:.1f} seconds.", highlight=False)
 
 
 def print_record(record: Record) -> None:

@@ -5,6 +5,7 @@ Both say who they are, and bring a classifier into the worker process.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -22,7 +23,7 @@ from robustboard.bench.examiner import StageCost
 from robustboard.bench.process import WorkerProcess
 from robustboard.bench.protocol import Track, training_data
 from robustboard.defenses import registry
-from robustboard.defenses.adapter import Defense, DefenseCard, Progress, TrainingData
+from robustboard.defenses.adapter import Defense, DefenseCard, Progress, Split, TrainingData
 from robustboard.defenses.submission import Submission, read_manifest
 from robustboard.errors import DefenseError
 from robustboard.leaderboard.record import Claim, DefenseInfo
@@ -91,6 +92,34 @@ class TrainedEntrant(Entrant):
             chosen = json.dumps({name: str(value) for name, value in overrides.items()}, sort_keys=True)
             self.key += f"-{hashlib.sha256(chosen.encode()).hexdigest()[:8]}"
         self.info = _card_info(self._adapter.card, architecture=str(self.hyper.get("architecture", "")))
+
+    @property
+    def images(self) -> int:
+        """How many images it is trained on."""
+        return len(self._data.train)
+
+    def shortened(self, images: int) -> TrainedEntrant:
+        """The same method with the same hyper-parameters on the first images, to see what training costs.
+
+        Of the validation images as large a part is kept.
+
+        Raises:
+            DefenseError: if so few images do not suit the method.
+        """
+        part = images / self.images
+        validation = self._data.validation
+        data = dataclasses.replace(
+            self._data,
+            train=_first(self._data.train, images),
+            validation=_first(validation, max(1, round(part * len(validation)))),
+        )
+        other = copy.copy(self)
+        other._data = data
+        # Some follow from how many images there are, such as the number of epochs.
+        found = dataclasses.asdict(self._adapter.hyper(data, self._track.threat))
+        changed = {name: value for name, value in self.hyper.items() if found[name] != value}
+        other._adapter = registry.create(self._adapter.card.name, {**self._adapter.overrides, **changed})
+        return other
 
     def enter(self, worker: WorkerProcess, folder: Path, progress: Progress) -> Brought:
         """Train in the worker; a training that was killed continues from the run directory's checkpoints."""
@@ -213,6 +242,10 @@ def _submission_info(submission: Submission) -> DefenseInfo:
             for claim in submission.claims
         ),
     )
+
+
+def _first(split: Split, count: int) -> Split:
+    return Split(split.images[:count], split.labels[:count])
 
 
 def _arrays(data: TrainingData) -> dict[str, npt.NDArray[Any]]:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 _PACKAGES = ("robustboard", "torchvision", "pyautoattack", "auto_LiRPA", "numpy", "pandas", "pillow", "scipy")
@@ -48,6 +49,17 @@ def threads_for(numbers: int, *, jobs: int = 1) -> int:
     With several jobs, each has its share of the cores.
     """
     return 1 if numbers <= _TINY_IMAGE else max(1, cores() // jobs)
+
+
+def process_age() -> float:
+    """Seconds since this process began, its imports included; where the system does not say, those it computed."""
+    try:
+        # The 22nd field, in ticks since the machine started; the second may hold spaces, but ends with a bracket.
+        fields = Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        began = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        return max(time.process_time(), time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+    except (OSError, ValueError, IndexError, AttributeError):
+        return time.process_time()
 
 
 def source_commit() -> tuple[str | None, bool | None]:

@@ -25,6 +25,7 @@ from torch import nn
 
 from robustboard.bench.attack_seeds import SeedStudy, study_attack_seeds
 from robustboard.bench.cascade import Engine
+from robustboard.bench.corrupted import Pictures
 from robustboard.bench.datasets import Dataset, data_folders, from_arrays, load_dataset
 from robustboard.bench.entrants import Brought, Entrant, find_entrant, require_known
 from robustboard.bench.environment import threads_for
@@ -103,6 +104,63 @@ class Scored:
     training: tuple[Mapping[str, float], ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A request with everything found that it names.
+
+    Attributes:
+        track: with the hash of its examples.
+        dataset: the track's.
+        examples: what is judged.
+        pictures: gives the corrupted images.
+        entrant: who is judged.
+        folder: the run directory.
+        surrogates: where the track's surrogates are kept.
+        threads: of each of the model's processes.
+        engine: what `evaluate` is asked for.
+    """
+
+    track: Track
+    dataset: Dataset
+    examples: Examples
+    pictures: Pictures
+    entrant: Entrant
+    folder: Path
+    surrogates: Path
+    threads: int
+    engine: Engine
+
+
+def prepare(request: Request) -> Prepared:
+    """Find all that a request names; nothing is written.
+
+    Raises:
+        RobustBoardError: one sentence, if something is missing or does not fit.
+    """
+    require_known(request.defense, request.overrides)
+    track = load_track(request.track)
+    track = track if request.n is None else track.limited(request.n)
+    track, engine = _as_asked(track, request.engine)
+    dataset = load_dataset(track.dataset, data_dirs=data_folders(request.data_dirs), download=request.download)
+    track, examples = resolve(track, dataset), select(track, dataset)
+    pictures = corrupted_images(track, examples, data_folders(request.data_dirs))
+    entrant = find_entrant(request.defense, request.overrides, track, dataset, seed=request.seed)
+    run = entrant.key if engine == "cascade" else f"{entrant.key}-{engine}"
+    run = f"{run}-complete-{request.complete}" if request.complete else run
+    folder = request.run_dir or request.runs / track.id / entrant.info.name / run
+    return Prepared(
+        track,
+        dataset,
+        examples,
+        pictures,
+        entrant,
+        folder,
+        _common_folder(request, track, folder),
+        request.threads or threads_for(examples.images[0].size, jobs=request.jobs),
+        engine,
+    )
+
+
 def score_defense(request: Request, progress: Progress | None = None, *, workers: Workers | None = None) -> Scored:
     """Score a built-in defense or a submission; its model lives in a process of its own.
 
@@ -116,19 +174,10 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
     """
     watched = _Watched(progress or NoProgress())
     watched.begin("data", 1)
-    require_known(request.defense, request.overrides)
-    track = load_track(request.track)
-    track = track if request.n is None else track.limited(request.n)
-    track, engine = _as_asked(track, request.engine)
-    dataset = load_dataset(track.dataset, data_dirs=data_folders(request.data_dirs), download=request.download)
-    track, examples = resolve(track, dataset), select(track, dataset)
-    pictures = corrupted_images(track, examples, data_folders(request.data_dirs))
-    entrant = find_entrant(request.defense, request.overrides, track, dataset, seed=request.seed)
-    run = entrant.key if engine == "cascade" else f"{entrant.key}-{engine}"
-    run = f"{run}-complete-{request.complete}" if request.complete else run
-    folder = request.run_dir or request.runs / track.id / entrant.info.name / run
+    made = prepare(request)
+    track, examples, entrant, folder = made.track, made.examples, made.entrant, made.folder
     require_writable(folder, f"The run directory {folder}")
-    threads = request.threads or threads_for(examples.images[0].size, jobs=request.jobs)
+    threads = made.threads
     watched.begin("the model's process", 1)
     group = workers or Workers()
 
@@ -146,11 +195,11 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
                 worker,
                 track,
                 examples,
-                engine=engine,
+                engine=made.engine,
                 complete=request.complete,
-                surrogates=_surrogates(track, dataset, folder=_common_folder(request, track, folder)),
+                surrogates=_surrogates(track, made.dataset, folder=made.surrogates),
                 progress=watched,
-                pictures=pictures,
+                pictures=made.pictures,
             )
             study = study_attack_seeds(
                 worker, track, examples, found.outcomes, seeds=request.attack_seeds, progress=watched

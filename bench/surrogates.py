@@ -22,7 +22,7 @@ from robustboard.attacks import global_draws, keyed
 from robustboard.attacks.pgd import ascend
 from robustboard.attacks.threat import ThreatModel
 from robustboard.defenses import registry
-from robustboard.defenses.adapter import CheckpointStore, NoProgress, Split, TrainingData
+from robustboard.defenses.adapter import CheckpointStore, NoProgress, Progress, Split, TrainingData
 
 RECIPES: Final[tuple[str, ...]] = ("standard", "fgsm-at")
 """An undefended network, and one whose examples suit adversarially trained ones better."""
@@ -52,13 +52,22 @@ class Surrogate:
 Surrogates = Callable[[], Sequence[Surrogate]]
 
 
-def surrogates_of(data: TrainingData, threat: ThreatModel, *, folder: Path | None = None) -> tuple[Surrogate, ...]:
+def surrogates_of(
+    data: TrainingData,
+    threat: ThreatModel,
+    *,
+    folder: Path | None = None,
+    recipes: Sequence[str] = RECIPES,
+    progress: Progress | None = None,
+) -> tuple[Surrogate, ...]:
     """Train the surrogates of a track, on the CPU and one thread; those that do not suit the track are left out.
 
     Args:
         data: the track's training images, in its order.
         threat: the ball.
         folder: where finished trainings are kept for the next run; None keeps nothing.
+        recipes: which of `RECIPES`.
+        progress: told of every step.
     """
     part = Split(data.train.images[:_LARGEST], data.train.labels[:_LARGEST])
     less = TrainingData(data.name, part, data.validation, data.classes)
@@ -69,8 +78,8 @@ def surrogates_of(data: TrainingData, threat: ThreatModel, *, folder: Path | Non
         torch.set_num_threads(1)
         try:
             return tuple(
-                _train(name, settings, less, threat, folder)
-                for name in RECIPES
+                _train(name, settings, less, threat, folder, progress or NoProgress())
+                for name in recipes
                 if registry.create(name, settings).unsuited(less, threat) is None
             )
         finally:
@@ -100,14 +109,19 @@ def transferred(
 
 
 def _train(
-    name: str, settings: Mapping[str, object], data: TrainingData, threat: ThreatModel, folder: Path | None
+    name: str,
+    settings: Mapping[str, object],
+    data: TrainingData,
+    threat: ThreatModel,
+    folder: Path | None,
+    progress: Progress,
 ) -> Surrogate:
     model = registry.create(name, settings).fit(
         data,
         threat,
         seed=SEED,
         device=torch.device("cpu"),
-        progress=NoProgress(),
+        progress=progress,
         checkpoints=CheckpointStore(None if folder is None else folder / name),
     )
     weights = to_safetensors({key: value.contiguous() for key, value in model.state_dict().items()})

@@ -1,6 +1,10 @@
-"""How many threads a model gets by default."""
+"""How many threads a model gets by default, and how old a process is."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+import time
 
 from robustboard.bench import environment
 from robustboard.bench.score import Request, score_defense
@@ -19,3 +23,11 @@ def test_digits_are_scored_on_one_thread_unless_told_otherwise(tmp_path):
 
     assert threads() == 1
     assert threads(threads=2) == 2
+
+
+def test_the_age_of_a_process_counts_its_imports_and_its_waiting():
+    code = "import time; time.sleep(0.5); from robustboard.bench.environment import process_age; print(process_age())"
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    elapsed = time.monotonic() - began
+    assert 0.45 <= float(done.stdout) <= elapsed + 0.1
