@@ -45,7 +45,7 @@ docs: env  ## the commands and links of README and docs/
 	$(BIN)/pytest tests/project
 
 bench: env  ## speed, as ratios measured in one run
-	$(BIN)/pytest benchmarks -o pythonpath=benchmarks --benchmark-enable --benchmark-only -p no:cacheprovider --page docs/performance.md
+	$(BIN)/pytest benchmarks --benchmark-enable --benchmark-only -p no:cacheprovider --page docs/performance.md
 
 site: env  ## the board from runs/
 	$(BIN)/robustboard leaderboard --out site

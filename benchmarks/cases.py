@@ -1,22 +1,22 @@
-"""The networks on which the whole verdict is timed beside AutoAttack: from those that fall to those that are proven."""
+"""The networks on which the whole verdict is timed beside AutoAttack, and those on which attacks are compared."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from robustboard.attacks.threat import ThreatModel
-from robustboard.bench.datasets import data_folders, load_dataset
+from robustboard.bench.datasets import Dataset, data_folders, load_dataset
 from robustboard.bench.protocol import Examples, Track, load_track, resolve, select, track_from, training_data
 from robustboard.defenses import registry
 from robustboard.defenses.adapter import CheckpointStore, NoProgress
+from robustboard.errors import DataError
 
 TRAININGS = Path("runs/benchmarks")
 
@@ -35,20 +35,50 @@ def trained(defense: str, track_id: str, *, eps: str | None = None, n: int, **se
     track = load_track(track_id)
     dataset = load_dataset(track.dataset, data_dirs=data_folders(()))
     name = "-".join([defense, *(f"{key}={value}" for key, value in settings.items())])
-    model = registry.create(defense, {**track.hyper.get(defense, {}), **settings}).fit(
-        training_data(track, dataset),
-        track.threat,
-        seed=0,
-        device=torch.device("cpu"),
-        progress=NoProgress(),
-        checkpoints=CheckpointStore(TRAININGS / track.id / name),
-    )
+    model = _fitted(defense, track, dataset, settings, CheckpointStore(TRAININGS / track.id / name))
     # Not `limited`: some benchmarks judge more examples than the track does.
     judged = track.model_copy(update={"n": n, "images_sha256": None})
     if eps is not None:
         judged = judged.model_copy(update={"threat": ThreatModel.parse("linf", eps)})
     judged = resolve(judged, dataset)
-    return Case(model.eval(), judged, select(judged, dataset))
+    return Case(model, judged, select(judged, dataset))
+
+
+DIGITS = ("standard", "fgsm-at", "pgd-at", "trades", "ibp", "crown-ibp", "mtl-ibp", "distillation")
+DIGITS_RADII = ("1/10", "1/20")
+
+
+def digits(defense: str) -> Case:
+    """A network that is trained here in seconds, on all the digits of the track."""
+    track = load_track("digits-linf@1")
+    dataset = load_dataset(track.dataset)
+    model = _fitted(defense, track, dataset, {}, CheckpointStore(None))
+    judged = resolve(track, dataset)
+    return Case(model, judged, select(judged, dataset))
+
+
+def _fitted(
+    defense: str, track: Track, dataset: Dataset, settings: Mapping[str, object], store: CheckpointStore
+) -> nn.Module:
+    trainer = registry.create(defense, {**track.hyper.get(defense, {}), **settings})
+    return trainer.fit(
+        training_data(track, dataset),
+        track.threat,
+        seed=0,
+        device=torch.device("cpu"),
+        progress=NoProgress(),
+        checkpoints=store,
+    ).eval()
+
+
+def reseeded(track: Track, seed: int, eps: str | None = None) -> Track:
+    """The track with other draws in its attacks, and at another radius if one is given."""
+    attacks = track.attacks
+    pgd = attacks.pgd.model_copy(update={"seed": seed})
+    autoattack = attacks.autoattack.model_copy(update={"seed": seed})
+    threat = track.threat if eps is None else ThreatModel.parse(track.threat.norm, eps)
+    changes = {"attacks": attacks.model_copy(update={"pgd": pgd, "autoattack": autoattack}), "threat": threat}
+    return track.model_copy(update=changes)
 
 
 class _CnnA(nn.Sequential):
@@ -67,10 +97,14 @@ class _CnnA(nn.Sequential):
 
 
 def third_party(data: str, eps: str, n: int = 200) -> Case:
-    """A network that others trained, on the images that they report on."""
+    """A network that others trained, on the images that they report on.
+
+    Raises:
+        DataError: if its weights are in none of the data folders.
+    """
     folders = [folder for folder in data_folders() if (folder / f"{data}_cnn_a_adv.npz").is_file()]
     if not folders:
-        pytest.skip(f"{data}_cnn_a_adv.npz is in none of the folders of ROBUSTBOARD_DATA")
+        raise DataError(f"{data}_cnn_a_adv.npz is in none of the folders of ROBUSTBOARD_DATA.")
     sizes: dict[str, tuple[int, int, list[float], list[float]]] = {
         "cifar": (3, 2048, [125.3 / 255, 123.0 / 255, 113.9 / 255], [63.0 / 255, 62.1 / 255, 66.7 / 255]),
         "mnist": (1, 1568, [0.0], [1.0]),
@@ -124,15 +158,21 @@ def handed_in(case: Case, folder: Path) -> Path:
     return folder / "defense.toml"
 
 
+def hurried(case: Case) -> Case:
+    """The same in the fast mode."""
+    return dataclasses.replace(case, track=case.track.hurried())
+
+
+def growing(n: int) -> Case:
+    """The network on which cost is shown to grow with the number of examples: most of them are attacked and bounded."""
+    return trained("crown-ibp", "mnist-linf@1", n=n)
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "undefended, MNIST 3/10": lambda: trained("standard", "mnist-linf@1", eps="3/10", n=1000, epochs=2),
     "distilled at T = 100, MNIST 3/10": lambda: trained("distillation", "mnist-linf@1", eps="3/10", n=1000, epochs=2),
     "cifar_cnn_a_adv, 2/255": lambda: third_party("cifar", "2/255"),
     "CROWN-IBP, MNIST 1/10": lambda: trained("crown-ibp", "mnist-linf@1", n=200),
     "mnist_cnn_a_adv, 3/10": lambda: third_party("mnist", "3/10"),
+    "mnist_cnn_a_adv, 3/10, fast mode": lambda: hurried(third_party("mnist", "3/10")),
 }
-
-
-def growing(n: int) -> Case:
-    """The network on which cost is shown to grow with the number of examples: most of them are attacked and bounded."""
-    return trained("crown-ibp", "mnist-linf@1", n=n)

@@ -15,8 +15,9 @@ HEAD = """# Performance
 This page is written by `make bench`. Each line is one network: the whole verdict (contract, attacks, IBP, CROWN-IBP
 and CROWN bounds, crossed audit; no diagnostics and no corruptions) beside unmodified AutoAttack alone, at the best of
 its batch sizes, one of theirs before each of ours, medians of {rounds} runs. Both have {cores} cores: AutoAttack as so
-many threads, we as so many processes of one thread each (`score --jobs {cores}`). `ratio` is their time over ours. Passes are examples forward and backward through the network. AutoAttack draws with seed 0; examples are the
-track's first n.
+many threads, we as so many processes of one thread each (`score --jobs {cores}`). `ratio` is their time over ours.
+Passes are examples forward and backward through the network. AutoAttack draws with seed 0; examples are the track's
+first n. In the fast mode no bounds are tried.
 
 Made with {what}.
 

@@ -7,6 +7,7 @@ examples that it has broken and abandons a share of the examples; here an exampl
 abandoned by a rule of its own, so that its verdict does not depend on who else is attacked.
 
 It has neither FAB nor an attack without gradients, so a network that hides its gradients looks robust to it.
+benchmarks/noninferiority.py compares it with the cascade's attacks.
 """
 
 from __future__ import annotations
@@ -69,9 +70,8 @@ def fast(
             starts = images[rows]
             if number:
                 words = (seed, "fast", number, place)
-                starts = _around(
-                    starts if first else survivors.nearest[rows], starts, threat, _keys_of(rows, keys), words
-                )
+                centres = starts if first else survivors.nearest[rows]
+                starts = _around(centres, starts, threat, [keys[row] for row in rows.tolist()], words)
             steps = _FIRST_STEPS if first else _LATER_STEPS
             ascend_from(survivors, rows, goal, losses[number % 2], starts, threat, steps)
     return survivors.adversarial
@@ -103,11 +103,11 @@ class _Nearest(Survivors):
         return held
 
     def round(self, targets: int, worth: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """For each place of the ranking by nearness, as it stands now, those who are worth a try and unbroken.
+        """For each place of the ranking by nearness, as it stands now, those who are wanted and unbroken.
 
         Args:
             targets: how many places.
-            worth: bool (N,).
+            worth: who is worth a try, bool (N,).
 
         Yields:
             The place, rows, int64 (R,), and their goals, int64 (R, 3): label, target class and row.
@@ -133,10 +133,6 @@ def _logit_margin(logits: Tensor, goal: Tensor) -> Tensor:
 def _probability_margin(scales: Tensor) -> Objective:
     """The margin of the probabilities of logits times `scales`, (N,)."""
     return lambda logits, goal: _logit_margin((logits * scales[goal[:, 2], None]).softmax(dim=1), goal)
-
-
-def _keys_of(rows: Tensor, keys: Sequence[str]) -> list[str]:
-    return [keys[row] for row in rows.tolist()]
 
 
 def _around(

@@ -7,30 +7,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from cases import DIGITS, DIGITS_RADII, digits, reseeded
 from scipy.stats import binomtest
 
-from robustboard.attacks.threat import ThreatModel
 from robustboard.bench.cascade import judge
-from robustboard.bench.datasets import load_dataset
 from robustboard.bench.examiner import Examiner
-from robustboard.bench.protocol import Track, load_track, resolve, select, training_data
 from robustboard.bench.session import LocalSession
 from robustboard.bench.verdicts import Verdicts
-from robustboard.defenses import registry
-from robustboard.defenses.adapter import CheckpointStore, NoProgress
+from robustboard.defenses.adapter import NoProgress
 
-NETWORKS = ("standard", "fgsm-at", "pgd-at", "trades", "ibp", "crown-ibp", "mtl-ibp", "distillation")
-RADII = ("1/10", "1/20")
 SEEDS = range(3)
-
-
-def _at(track: Track, eps: str, seed: int) -> Track:
-    """The track at another radius and with other draws."""
-    attacks = track.attacks
-    pgd = attacks.pgd.model_copy(update={"seed": seed})
-    autoattack = attacks.autoattack.model_copy(update={"seed": seed})
-    reseeded = attacks.model_copy(update={"pgd": pgd, "autoattack": autoattack})
-    return track.model_copy(update={"attacks": reseeded, "threat": ThreatModel.parse("linf", eps)})
 
 
 @pytest.mark.slow
@@ -40,25 +26,16 @@ def test_no_more_survives_the_cascade_than_autoattack(capsys):
     from pyautoattack import AutoAttack
 
     torch.set_num_threads(1)
-    base = load_track("digits-linf@1")
-    dataset = load_dataset(base.dataset)
-    data, track = training_data(base, dataset), resolve(base, dataset)
-    examples = select(track, dataset)
-    images, labels = examples.tensor(), torch.from_numpy(examples.labels)
     counts = np.zeros(4, dtype=int)
     lines = []
-    for name in NETWORKS:
-        model = registry.create(name, track.hyper.get(name, {})).fit(
-            data,
-            track.threat,
-            seed=0,
-            device=torch.device("cpu"),
-            progress=NoProgress(),
-            checkpoints=CheckpointStore(None),
-        )
-        for eps in RADII:
+    total = 0
+    for name in DIGITS:
+        case = digits(name)
+        model, examples = case.model, case.examples
+        images, labels = examples.tensor(), torch.from_numpy(examples.labels)
+        for eps in DIGITS_RADII:
             for seed in SEEDS:
-                one = _at(track, eps, seed)
+                one = reseeded(case.track, seed, eps)
                 verdicts = Verdicts(examples.hashes, examples.labels)
                 judge(Examiner(LocalSession(model, torch.device("cpu")), one, examples, NoProgress()), verdicts)
                 assert not verdicts.contradictions()
@@ -70,9 +47,9 @@ def test_no_more_survives_the_cascade_than_autoattack(capsys):
                 assert not (verdicts.certified & ~theirs).any(), "AutoAttack breaks a certified example"
                 found = [int(flags.sum()) for flags in (ours, theirs, ours & ~theirs, theirs & ~ours)]
                 counts += found
+                total += len(labels)
                 lines.append(f"{name} eps {eps} seed {seed}: ours {found[0]}, AutoAttack {found[1]}, n = {len(labels)}")
     only_theirs, only_ours = int(counts[2]), int(counts[3])
-    total = len(labels) * len(lines)
     lines += [
         f"robust: ours {counts[0]} and AutoAttack {counts[1]} of {total}",
         f"broken by AutoAttack alone {only_theirs}, by the cascade alone {only_ours}",
