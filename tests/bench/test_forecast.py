@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from robustboard.attacks.kernels import standard
+from robustboard.attacks.kernels import ensembles
 from robustboard.bench.forecast import Measured, Pace, Plan, Shares, forecast, grown, share
 from robustboard.bench.stopwatch import EnoughError, Laps
 
@@ -53,7 +53,7 @@ def test_a_share_of_a_sample_is_never_none_nor_all_of_many_more(successes, failu
 
 def test_without_survivors_no_attack_and_no_bound_runs():
     found = predicted(Shares(1.0, 0.0, (0.0,)), step=A_CALL, bounds={"ibp": A_CALL})
-    assert not set(found) & {*standard.STAGES, "bounds: ibp"}
+    assert not set(found) & {*ensembles.STAGES["standard"], "bounds: ibp"}
     # One first look for each of five batches, then the diagnostics, which look at 64 examples all the same.
     assert found["pgd"] == 5 * 40
     assert found["diagnostics"] > 0
@@ -67,8 +67,8 @@ def test_each_bound_gets_what_those_before_it_left_open():
 
 def test_attacks_run_on_what_is_open_toward_what_is_not_excluded():
     found = predicted(Shares(1.0, 0.5, (0.2,), targets=1 / 3), bounds={"ibp": FREE}, step=AN_EXAMPLE)
-    assert found["apgd_ce"] == pytest.approx(100 * standard.FORWARDS["apgd_ce"])
-    assert found["apgd_t"] == pytest.approx(100 * standard.FORWARDS["apgd_t"] / 3)
+    assert found["apgd_ce"] == pytest.approx(100 * ensembles.FORWARDS["apgd_ce"])
+    assert found["apgd_t"] == pytest.approx(100 * ensembles.FORWARDS["apgd_t"] / 3)
     # The first look breaks half and spends a quarter of a run on these; fourteen runs follow on what is left open.
     assert found["pgd"] == pytest.approx(40 * (500 + 0.25 * 500) + 14 * 40 * 100)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robustboard.attacks.counting import PassCounter
-from robustboard.attacks.kernels import standard
+from robustboard.attacks.kernels import ensembles
 from robustboard.attacks.kernels.fast import FORWARDS, _Nearest, fast
 from robustboard.attacks.threat import ThreatModel
 from robustboard.errors import ModelError
@@ -38,10 +38,10 @@ def run(net: Any, threat: ThreatModel, *, seed: int = 0, model: nn.Module | None
 def left_by_the_standard_attacks(net: Any, threat: ThreatModel) -> list[bool]:
     """Whether each example survives every stage of the cascade."""
     held = torch.ones(len(net.labels), dtype=torch.bool)
-    for stage in standard.STAGES:
+    for stage in ensembles.STAGES["standard"]:
         rows = held.nonzero().flatten()
         found = net.images.clone()
-        found[rows] = standard.run(
+        found[rows] = ensembles.run(
             stage,
             net.model,
             net.images[rows],
