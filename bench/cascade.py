@@ -107,6 +107,8 @@ def _pgd(examiner: Examiner, verdicts: Verdicts, wanted: Flags, runs: Sequence[i
 
 
 def _bounds(examiner: Examiner, verdicts: Verdicts) -> None:
+    if not examiner.track.bounds.methods:
+        examiner.notes.append("This track tries no bounds, so what it calls robust has only withstood attacks.")
     for method in examiner.bound_methods:
         examiner.progress.begin(f"bounds: {method}", int(verdicts.open.sum()))
         for _, rows in examiner.shards(verdicts.open):

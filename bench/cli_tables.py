@@ -53,7 +53,8 @@ def print_record(record: Record) -> None:
 
     table = Table("metric", "value [95 % interval]", box=None, header_style="bold", pad_edge=False)
     for name in ("clean", "pgd", "robust", "autoattack", "certified", "undecided", "corruption", *_CORRUPTION_METRICS):
-        if name in record.metrics:
+        # Where no bound was tried, a share of zero would say something that nobody knows.
+        if name in record.metrics and (record.bound_methods or name not in ("certified", "undecided")):
             table.add_row(name, _shown(record, name))
     if (drop := relative_drop(record.outcomes)) is not None:
         table.add_row("drop under corruption", f"{drop.value:.1%} \\[{drop.low:.1%}, {drop.high:.1%}]")
