@@ -12,7 +12,7 @@ import json
 import math
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,17 +47,10 @@ class Channel:
         Raises:
             ChannelClosedError: if the other side has gone.
         """
-        blobs, specs = [], []
-        for name, array in (arrays or {}).items():
-            little = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
-            specs.append({"name": name, "dtype": little.dtype.str, "shape": list(array.shape)})
-            blobs.append(little.reshape(-1).view(np.uint8).data if little.size else b"")
-        text = json.dumps({"header": dict(header), "arrays": specs}).encode()
         self._socket.settimeout(None)
         try:
-            self._socket.sendall(_PREFIX.pack(_MAGIC, len(text), sum(len(blob) for blob in blobs)) + text)
-            for blob in blobs:
-                self._socket.sendall(blob)
+            for part in _packed(header, arrays or {}):
+                self._socket.sendall(part)
         except OSError as error:
             raise ChannelClosedError(str(error)) from error
 
@@ -73,16 +66,8 @@ class Channel:
             WorkerError: if what came is not a message.
         """
         self._socket.settimeout(timeout)
-        magic, header_length, array_length = _PREFIX.unpack(self._read(_PREFIX.size))
-        if magic != _MAGIC or header_length > _MAX_HEADER or array_length > _MAX_ARRAYS:
-            raise WorkerError("The model's process sent something that is not a message; its answer is not used.")
-        text, body = self._read(header_length), self._read(array_length)
-        try:
-            # Not the json module: nesting deep enough overruns its stack where some import has raised Python's limit.
-            parsed = from_json(bytes(text))
-            return dict(parsed["header"]), _unpack(parsed["arrays"], body)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise WorkerError("The model's process sent a damaged message; its answer is not used.") from error
+        header_length, array_length = _lengths(self._read(_PREFIX.size))
+        return _parsed(self._read(header_length), self._read(array_length))
 
     def _read(self, count: int) -> bytearray:
         buffer = bytearray()
@@ -102,6 +87,53 @@ class Channel:
                 done += got
             buffer += part
         return buffer
+
+
+def encoded(header: Mapping[str, Any], arrays: Mapping[str, Array]) -> bytes:
+    """A message as it is sent: equal headers and arrays, in any order of the header's names, give equal bytes."""
+    return b"".join(_packed(header, arrays))
+
+
+def decoded(message: bytes) -> tuple[dict[str, Any], dict[str, Array]]:
+    """What `encoded` was given.
+
+    Raises:
+        WorkerError: if it is not a message.
+    """
+    if len(message) < _PREFIX.size:
+        raise WorkerError("What should be a message is too short for one; it is not used.")
+    header_length, array_length = _lengths(message[: _PREFIX.size])
+    if len(message) != _PREFIX.size + header_length + array_length:
+        raise WorkerError("A message is of another length than it says; it is not used.")
+    first = _PREFIX.size + header_length
+    return _parsed(message[_PREFIX.size : first], bytearray(message[first:]))
+
+
+def _packed(header: Mapping[str, Any], arrays: Mapping[str, Array]) -> Iterator[bytes | memoryview]:
+    blobs, specs = [], []
+    for name, array in arrays.items():
+        little = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
+        specs.append({"name": name, "dtype": little.dtype.str, "shape": list(array.shape)})
+        blobs.append(little.reshape(-1).view(np.uint8).data if little.size else b"")
+    text = json.dumps({"header": dict(header), "arrays": specs}, sort_keys=True).encode()
+    yield _PREFIX.pack(_MAGIC, len(text), sum(len(blob) for blob in blobs)) + text
+    yield from blobs
+
+
+def _lengths(prefix: bytes | bytearray) -> tuple[int, int]:
+    magic, header_length, array_length = _PREFIX.unpack(prefix)
+    if magic != _MAGIC or header_length > _MAX_HEADER or array_length > _MAX_ARRAYS:
+        raise WorkerError("The model's process sent something that is not a message; its answer is not used.")
+    return header_length, array_length
+
+
+def _parsed(text: bytes | bytearray, body: bytearray) -> tuple[dict[str, Any], dict[str, Array]]:
+    try:
+        # Not the json module: nesting deep enough overruns its stack where some import has raised Python's limit.
+        parsed = from_json(bytes(text))
+        return dict(parsed["header"]), _unpack(parsed["arrays"], body)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise WorkerError("The model's process sent a damaged message; its answer is not used.") from error
 
 
 def _unpack(specs: list[dict[str, Any]], body: bytearray) -> dict[str, Array]:

@@ -399,7 +399,7 @@ def main() -> NoReturn:
     except RobustBoardError as error:
         _fail(str(error), error.exit_code)
     except _StopSignal as stop:
-        _fail("Interrupted; the same command continues an unfinished training from its last epoch.", stop.exit_code)
+        _fail("Interrupted; the same command goes on from where this one stopped.", stop.exit_code)
     except OSError as error:
         if os.environ.get("ROBUSTBOARD_DEBUG"):
             raise

@@ -470,7 +470,9 @@ def _asked(session: Session, requests: Iterable[_Request]) -> Iterator[Reply]:
         try:
             for future in futures:
                 yield future.result()
-        except (KeyboardInterrupt, SystemExit):
+        except (Exception, GeneratorExit):
+            raise
+        except BaseException:
             # Whoever interrupts does not wait for what is at work.
             session.close()
             raise

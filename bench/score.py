@@ -1,17 +1,19 @@
 """Scoring one defense: data, a model in its own process, the evaluation, the record, the run directory.
 
-A run directory holds `checkpoints/` (what a killed training continues from), `model.safetensors` (a trained model's
-weights), `adversarial.npz` (the images that broke it), `seed-breaks.npz` (those that only another attack seed found)
-and `record/` (what can be published). The stored images are judged again from their file; the record is written after
+A run directory holds `checkpoints/` (what a killed training continues from), `journal.bin` (what a killed evaluation
+continues from, until its record is there), `model.safetensors` (a trained model's weights), `adversarial.npz` (the
+images that broke it), `seed-breaks.npz` (those that only another attack seed found) and `record/` (what can be
+published). The stored images are judged again from their file; the record is written after
 that, last and whole, so a run directory with a record is a finished run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +30,11 @@ from robustboard.bench.cascade import Engine
 from robustboard.bench.corrupted import Pictures
 from robustboard.bench.datasets import Dataset, data_folders, from_arrays, load_dataset
 from robustboard.bench.entrants import Brought, Entrant, find_entrant, require_known
-from robustboard.bench.environment import threads_for
+from robustboard.bench.environment import package_versions, source_sha256, threads_for
 from robustboard.bench.evaluate import Evaluation, evaluate
 from robustboard.bench.examiner import Floats
+from robustboard.bench.journal import FILE as JOURNAL
+from robustboard.bench.journal import Journal, Journaled, alone
 from robustboard.bench.official import corrupted_images
 from robustboard.bench.perturbed_file import write_perturbed
 from robustboard.bench.pool import Pool, started
@@ -38,7 +42,7 @@ from robustboard.bench.process import LOAD_SECONDS, WorkerProcess, Workers
 from robustboard.bench.protocol import Examples, Track, load_track, resolve, select, training_data
 from robustboard.bench.report import build_record
 from robustboard.bench.rescore import rescore
-from robustboard.bench.session import LocalSession
+from robustboard.bench.session import LocalSession, Session
 from robustboard.bench.surrogates import Surrogate, Surrogates, surrogates_of
 from robustboard.defenses.adapter import NoProgress, Progress
 from robustboard.errors import DataError, GateError, ModelError, OutputError
@@ -184,50 +188,79 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
     def start() -> WorkerProcess:
         return WorkerProcess(device=request.device, threads=threads, load_seconds=request.load_seconds, workers=group)
 
-    with started(request.jobs, start) as processes:
+    with alone(folder), started(request.jobs, start) as processes:
         brought = entrant.enter(processes[0], folder, watched)
         for other in processes[1:]:
             _follow(other, entrant, brought, folder)
         device = processes[0].device
         worker = Pool(processes) if request.jobs > 1 else processes[0]
-        try:
-            found = evaluate(
-                worker,
-                track,
-                examples,
-                engine=made.engine,
-                complete=request.complete,
-                surrogates=_surrogates(track, made.dataset, folder=made.surrogates),
-                progress=watched,
-                pictures=made.pictures,
-            )
-            study = study_attack_seeds(
-                worker, track, examples, found.outcomes, seeds=request.attack_seeds, progress=watched
-            )
+        with Journal(folder / JOURNAL, _identity(made, brought, device)) as journal:
+            found, study = _judged(Journaled(worker, journal), request, made, watched)
             _store(folder, brought.weights, found, study, examples)
             # A model that does not repeat itself cannot pass a second time; its record says so instead.
             if found.diagnosis.status != "invalid":
-                rescore(worker, track, examples, found.outcomes, folder / "adversarial.npz", progress=watched)
-        except GateError:
-            # An earlier record of this very run is in doubt now, so it must not be published either.
-            shutil.rmtree(folder / "record", ignore_errors=True)
-            raise
-    record = build_record(
-        found,
-        track=track,
-        info=entrant.info,
-        checkpoint_sha256=brought.checkpoint_sha256,
-        code_sha256=entrant.code_sha256,
-        parameters=brought.parameters,
-        training=brought.training,
-        hyper=entrant.hyper,
-        seeds=entrant.seeds,
-        device=device,
-        threads=threads,
-    )
-    record = record.model_copy(update={"attack_spread": study.spread if study else None})
-    record = save(record, found.outcomes, folder / "record")
+                with _in_doubt(folder):
+                    rescore(worker, track, examples, found.outcomes, folder / "adversarial.npz", progress=watched)
+            record = build_record(
+                found,
+                track=track,
+                info=entrant.info,
+                checkpoint_sha256=brought.checkpoint_sha256,
+                code_sha256=entrant.code_sha256,
+                parameters=brought.parameters,
+                training=brought.training,
+                hyper=entrant.hyper,
+                seeds=entrant.seeds,
+                device=device,
+                threads=threads,
+            )
+            record = record.model_copy(update={"attack_spread": study.spread if study else None})
+            record = save(record, found.outcomes, folder / "record")
+            journal.remove()
     return Scored(record, folder / "record", examples.floats(), tuple(watched.notes))
+
+
+def _judged(
+    session: Session, request: Request, made: Prepared, progress: Progress
+) -> tuple[Evaluation, SeedStudy | None]:
+    """The evaluation, and the study of attack seeds if one is asked for."""
+    with _in_doubt(made.folder):
+        found = evaluate(
+            session,
+            made.track,
+            made.examples,
+            engine=made.engine,
+            complete=request.complete,
+            surrogates=_surrogates(made.track, made.dataset, folder=made.surrogates),
+            progress=progress,
+            pictures=made.pictures,
+        )
+        study = study_attack_seeds(
+            session, made.track, made.examples, found.outcomes, seeds=request.attack_seeds, progress=progress
+        )
+    return found, study
+
+
+@contextlib.contextmanager
+def _in_doubt(folder: Path) -> Iterator[None]:
+    """Where the gate fires, an earlier record of this very run is in doubt too, and must not be published either."""
+    try:
+        yield
+    except GateError:
+        shutil.rmtree(folder / "record", ignore_errors=True)
+        raise
+
+
+def _identity(made: Prepared, brought: Brought, device: str) -> dict[str, object]:
+    """All that an answer of the model's process depends on beside the question."""
+    return {
+        "track": made.track.hash,
+        "weights": brought.checkpoint_sha256,
+        "code": made.entrant.code_sha256,
+        "device": device,
+        "packages": package_versions(),
+        "source": source_sha256(),
+    }
 
 
 def score(
