@@ -54,7 +54,7 @@ class Board:
 
 
 def boards(records: Iterable[Record]) -> list[Board]:
-    """One board for each track, by id and hash: the order of `records` does not matter.
+    """One board for each track, by name, version and hash: the order of `records` does not matter.
 
     A record that a challenge has lowered gives way to the lowered one where both are there.
 
@@ -64,7 +64,8 @@ def boards(records: Iterable[Record]) -> list[Board]:
     by_track: dict[tuple[str, str], list[Record]] = {}
     for record in sorted(in_force(records), key=sort_key):
         by_track.setdefault((record.track.id, record.track.hash), []).append(record)
-    return [_board(track, found) for track, found in sorted(by_track.items())]
+    # By name and then version, so that the variants of a track stand behind it.
+    return [_board(track, by_track[track]) for track in sorted(by_track, key=lambda key: (key[0].split("@"), key[1]))]
 
 
 def compare(first: Record, second: Record) -> Paired:

@@ -157,7 +157,7 @@ def outcomes(runs: Path) -> pd.DataFrame:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_that_was_killed_ends_as_one_that_was_not(submission, tmp_path):
-    """SIGKILL in the middle of the attacks; the same command then starts them anew and finds the same."""
+    """SIGKILL in the middle of the attacks; the same command then goes on and finds the same."""
     with scoring(submission, tmp_path / "killed") as process:
         said = ""
         while "apgd_t" not in said:

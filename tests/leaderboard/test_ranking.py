@@ -55,6 +55,12 @@ def test_every_protocol_has_a_board_of_its_own(scored: Build) -> None:
     assert [board.track_hash for board in found] == ["3f" * 32, "ab" * 32]
 
 
+def test_the_variants_of_a_track_stand_behind_it(scored: Build) -> None:
+    ids = ["digits-linf@1", "digits-linf@2", "digits-linf-fast@1", "mnist-linf@1"]
+    records = [scored("a", track={"id": name, "hash": "ab" * 32, "content": {}}) for name in reversed(ids)]
+    assert [board.track_id for board in boards(records)] == ids
+
+
 def test_no_records_make_no_boards() -> None:
     assert boards([]) == []
 
