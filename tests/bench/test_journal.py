@@ -202,6 +202,48 @@ def build():
     }
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own; gives its place and a way to mount it anew with other options."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> None:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], check=True, capture_output=True)
+
+    try:
+        mount("size=64k")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("only root may mount a file system")
+    yield place, mount
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_costs_no_answer(make_submission, quadrant_track, tmp_path, small_disk):
+    place, mount = small_disk
+    command = ["score", str(make_submission()), "--track", str(quadrant_track), "--no-mlflow", "--run-dir"]
+    first = CliRunner().invoke(app, [*command, str(place / "run")])
+    assert isinstance(first.exception, OutputError)
+    assert "No space left" in str(first.exception)
+    assert "\n" not in str(first.exception)
+    kept = (place / "run" / "journal.bin").stat().st_size
+    assert kept > 4000
+    mount("remount,size=16m")
+    for folder in (place / "run", tmp_path / "quiet"):
+        done = CliRunner().invoke(app, [*command, str(folder)])
+        assert done.exit_code == 0, done.output
+    pd.testing.assert_frame_equal(load(place / "run" / "record").outcomes, load(tmp_path / "quiet" / "record").outcomes)
+
+
+def test_a_disk_that_admits_no_writing_is_one_sentence(make_submission, quadrant_track, small_disk):
+    place, mount = small_disk
+    mount("remount,ro")
+    command = ["score", str(make_submission()), "--track", str(quadrant_track), "--no-mlflow"]
+    done = CliRunner().invoke(app, [*command, "--run-dir", str(place / "run")])
+    assert isinstance(done.exception, OutputError)
+    assert "cannot be" in str(done.exception)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_twenty_five_kills_change_nothing(tmp_path):
