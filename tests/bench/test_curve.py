@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from fractions import Fraction
-from importlib import util
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from quadrants import quadrants
 from torch import nn
 from typer.testing import CliRunner
 
@@ -35,16 +33,7 @@ from robustboard.bench.session import LocalSession
 from robustboard.defenses.adapter import NoProgress
 from robustboard.errors import GateError, OutputError, TrackError
 
-
-def _conftest() -> ModuleType:
-    # Values at module level, where a fixture cannot reach.
-    spec = util.spec_from_file_location("bench_conftest", Path(__file__).with_name("conftest.py"))
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-DATA = _conftest().quadrants()
+DATA = quadrants()
 GRID = [ThreatModel("linf", Fraction(step, 100)) for step in (3, 6, 9, 10, 11)]
 
 

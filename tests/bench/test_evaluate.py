@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from importlib import util
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from quadrants import QuadrantNet, quadrants
 from torch import nn
 
 import robustboard
@@ -24,26 +22,7 @@ from robustboard.bench.operations import Reply
 from robustboard.bench.session import LocalSession
 from robustboard.errors import GateError, ModelError, WorkerError
 
-
-def _conftest() -> ModuleType:
-    # Values for parameters and module level, where a fixture cannot reach.
-    spec = util.spec_from_file_location("bench_conftest", Path(__file__).with_name("conftest.py"))
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-DATA, WEIGHTS = _conftest().quadrants(), _conftest().quadrant_weights()
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(16, 4)
-        self.load_state_dict({name: torch.from_numpy(value) for name, value in WEIGHTS.items()})
-
-    def forward(self, x):
-        return self.layer(x.flatten(1))
+DATA = quadrants()
 
 
 def _track(**changes):
@@ -69,7 +48,7 @@ def _true_radius() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def record():
-    return robustboard.score(Net(), track=_track(), data=DATA)
+    return robustboard.score(QuadrantNet(), track=_track(), data=DATA)
 
 
 def test_verdicts_are_the_truth(record):
@@ -96,7 +75,7 @@ def test_the_audit_crosses_what_the_cascade_skipped(record):
 
 
 def test_the_reference_engine_attacks_every_correct_example():
-    reference = robustboard.score(Net(), track=_track(), data=DATA, engine="reference")
+    reference = robustboard.score(QuadrantNet(), track=_track(), data=DATA, engine="reference")
     outcomes = reference.outcomes
     assert outcomes["autoattack"].notna().equals(outcomes["clean"])
     assert reference.metrics["autoattack"].value == reference.metrics["robust"].value == (_true_radius() > 0.05).mean()
@@ -110,7 +89,7 @@ def test_the_cascade_never_claims_autoattack(record):
 def test_verdicts_do_not_depend_on_the_order_of_the_data(record):
     images, labels = DATA
     order = np.random.default_rng(1).permutation(len(labels))
-    again = robustboard.score(Net(), track=_track(), data=(images[order], labels[order]))
+    again = robustboard.score(QuadrantNet(), track=_track(), data=(images[order], labels[order]))
     by_content = [
         one.outcomes.sort_values("example", ignore_index=True).drop(columns="index") for one in (again, record)
     ]
@@ -124,7 +103,7 @@ def _half(certify):
 def test_the_gate_fires_on_a_verifier_of_half_the_ball(monkeypatch):
     monkeypatch.setattr(bounds, "certify", _half(bounds.certify))
     with pytest.raises(GateError, match=r"example.*both certified and broken \(by \S+ and pgd\)"):
-        robustboard.score(Net(), track=_track(), data=DATA)
+        robustboard.score(QuadrantNet(), track=_track(), data=DATA)
 
 
 def _wide(pgd):
@@ -134,7 +113,7 @@ def _wide(pgd):
 def test_the_gate_fires_on_an_attack_that_leaves_the_ball(monkeypatch):
     monkeypatch.setattr(operations, "pgd", _wide(operations.pgd))
     with pytest.raises(GateError, match="PGD left the linf ball of radius 1/20 on example"):
-        robustboard.score(Net(), track=_track(), data=DATA)
+        robustboard.score(QuadrantNet(), track=_track(), data=DATA)
 
 
 def test_the_gate_fires_even_when_the_ball_check_is_wrong_too(monkeypatch):
@@ -145,10 +124,10 @@ def test_the_gate_fires_even_when_the_ball_check_is_wrong_too(monkeypatch):
         ThreatModel, "contains", lambda self, found, images: contains(self.scaled(Fraction(11, 10)), found, images)
     )
     with pytest.raises(GateError, match="both certified and broken"):
-        robustboard.score(Net(), track=_track(), data=DATA)
+        robustboard.score(QuadrantNet(), track=_track(), data=DATA)
 
 
-class NanOnBright(Net):
+class NanOnBright(QuadrantNet):
     """A model that answers NaN for the perturbed images only."""
 
     def forward(self, x):
@@ -162,7 +141,7 @@ def test_nan_under_attack_stops_the_run():
         robustboard.score(NanOnBright(), track=_track(), data=DATA)
 
 
-class Noisy(Net):
+class Noisy(QuadrantNet):
     """Another answer each time, on the same image."""
 
     def forward(self, x):
@@ -195,7 +174,7 @@ def test_two_classes_run_without_the_attack_that_needs_four():
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = Net()
+            self.net = QuadrantNet()
 
         def forward(self, x):
             logits = self.net(x)
@@ -237,7 +216,7 @@ def _silent(reply: Reply) -> Reply:
 
 def _hidden() -> nn.Module:
     """The same function with a hidden layer, for complete verification is of networks with ReLUs."""
-    net = Net()
+    net = QuadrantNet()
     last = nn.Linear(16, 4)
     last.load_state_dict(net.layer.state_dict())
     identity = nn.Linear(16, 16)
@@ -308,13 +287,13 @@ def test_bounds_that_are_no_numbers_certify_nothing(monkeypatch):
 
     _lying(monkeypatch, "certify", nothing)
     with pytest.raises(WorkerError, match="no numbers"):
-        robustboard.score(Net(), track=_track(), data=DATA)
+        robustboard.score(QuadrantNet(), track=_track(), data=DATA)
 
 
 def test_more_notes_than_a_record_holds_are_left_out(monkeypatch):
     monkeypatch.setattr(ensembles, "STAGES", {"standard": ()})
     _lying(monkeypatch, "certify", _told(notes=[f"Note {number}." for number in range(500)]))
-    record = robustboard.score(Net(), track=_track(), data=DATA)
+    record = robustboard.score(QuadrantNet(), track=_track(), data=DATA)
     assert 10 < len(record.notes) <= 100
 
 

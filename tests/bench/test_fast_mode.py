@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import util
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
-from torch import nn
+from quadrants import QuadrantNet, quadrants
 from typer.testing import CliRunner
 
 import robustboard
@@ -17,25 +13,7 @@ from robustboard.bench.protocol import load_track
 from robustboard.leaderboard.record import load
 from robustboard.leaderboard.site import render_site
 
-
-def _quadrants():
-    spec = util.spec_from_file_location("bench_conftest", Path(__file__).with_name("conftest.py"))
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-DATA, WEIGHTS = _quadrants().quadrants(), _quadrants().quadrant_weights()
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(16, 4)
-        self.load_state_dict({name: torch.from_numpy(value) for name, value in WEIGHTS.items()})
-
-    def forward(self, x):
-        return self.layer(x.flatten(1))
+DATA = quadrants()
 
 
 def _track():
@@ -54,7 +32,8 @@ def _track():
 def both():
     """A network of which the truth is known, in both modes."""
     return {
-        engine: robustboard.score(Net(), track=_track(), data=DATA, engine=engine) for engine in ("cascade", "fast")
+        engine: robustboard.score(QuadrantNet(), track=_track(), data=DATA, engine=engine)
+        for engine in ("cascade", "fast")
     }
 
 

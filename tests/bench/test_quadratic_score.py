@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from fractions import Fraction
 from importlib import util
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from quadrants import quadrant_weights, quadrants
 from torch import nn
 
 import robustboard
@@ -34,20 +33,12 @@ def build():
 DISGUISED = MODEL.replace("    return", "    class QuadraticNetwork(globals()['QuadraticNetwork']): pass\n    return")
 
 
-def _conftest() -> ModuleType:
-    # Values for parameters and module level, where a fixture cannot reach.
-    spec = util.spec_from_file_location("bench_conftest", Path(__file__).with_name("conftest.py"))
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-DATA = _conftest().quadrants()
+DATA = quadrants()
 
 
 def weights() -> dict[str, np.ndarray]:
     """The linear network that compares the quadrants, as a quadratic one: sigma(t) - sigma(-t) = 2 b t = t."""
-    linear = _conftest().quadrant_weights()["layer.weight"]
+    linear = quadrant_weights()["layer.weight"]
     return {
         "directions": np.concatenate([linear, -linear]),
         "offsets": np.zeros(8, dtype=np.float32),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import util
-from pathlib import Path
-from types import ModuleType
-
 import numpy as np
 import pytest
 import torch
+from quadrants import QuadrantNet, quadrants
 from torch import nn
 
 import robustboard
@@ -19,27 +16,6 @@ from robustboard.bench.protocol import resolve, select
 from robustboard.bench.rescore import rescore
 from robustboard.bench.session import LocalSession
 from robustboard.errors import GateError
-
-
-def _conftest() -> ModuleType:
-    # Values at module level, where a fixture cannot reach.
-    spec = util.spec_from_file_location("bench_conftest", Path(__file__).with_name("conftest.py"))
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-WEIGHTS = _conftest().quadrant_weights()
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(16, 4)
-        self.load_state_dict({name: torch.from_numpy(value) for name, value in WEIGHTS.items()})
-
-    def forward(self, x):
-        return self.layer(x.flatten(1))
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +33,9 @@ def judged():
             "corruptions": {"names": ["contrast"], "severities": [1]},
         }
     )
-    dataset = from_arrays(*_conftest().quadrants())
+    dataset = from_arrays(*quadrants())
     track, examples = resolve(track, dataset), select(track, dataset)
-    session = LocalSession(Net(), torch.device("cpu"))
+    session = LocalSession(QuadrantNet(), torch.device("cpu"))
     found = evaluate(session, track, examples)
     rows = sorted(found.adversarial)
     assert len(rows) >= 4, "the test data must hold broken examples"
