@@ -9,10 +9,8 @@ thread.
 from __future__ import annotations
 
 import math
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +22,7 @@ from robustboard.attacks import own_certificates
 from robustboard.attacks.complete import verify
 from robustboard.attacks.engine_warnings import EngineWarning, read_warnings
 from robustboard.attacks.kernels.apgd import TARGETS
+from robustboard.bench.asking import OneAtATime, Request, asked
 from robustboard.bench.channel import Array
 from robustboard.bench.operations import Reply
 from robustboard.bench.protocol import Examples, Track
@@ -94,35 +93,6 @@ class Proofs:
     excluded: Flags
 
 
-@dataclass(frozen=True)
-class _Request:
-    """One operation, and whom to tell of its work."""
-
-    operation: str
-    params: Mapping[str, Any]
-    arrays: Mapping[str, Array]
-    on_forwards: Callable[[int], None] | None = None
-
-
-class _OneAtATime:
-    """Progress that several threads may tell of."""
-
-    def __init__(self, inner: Progress) -> None:
-        self._inner, self._lock = inner, threading.Lock()
-
-    def begin(self, stage: str, total: int) -> None:
-        with self._lock:
-            self._inner.begin(stage, total)
-
-    def advance(self, steps: int = 1) -> None:
-        with self._lock:
-            self._inner.advance(steps)
-
-    def note(self, **values: float) -> None:
-        with self._lock:
-            self._inner.note(**values)
-
-
 class _Budget:
     """Moves a bar by one example's budget: as its work is told, and at its end by what was not needed."""
 
@@ -167,7 +137,7 @@ class Examiner:
     verified: bool = False
 
     def __post_init__(self) -> None:
-        self.progress = _OneAtATime(self.progress)
+        self.progress = OneAtATime(self.progress)
         self.images = self.examples.floats()
         self.labels = self.examples.labels
         self.threat = self.track.threat
@@ -316,7 +286,7 @@ class Examiner:
             "memory_bytes": self.track.bounds.memory_mebibytes << 20,
         }
         parts = self._parts(rows, len(rows))
-        requests = [_Request("certify", settings, self._rows(part)) for part in parts]
+        requests = [Request("certify", settings, self._rows(part)) for part in parts]
         found = [self._proofs_of(reply, method, part) for part, reply in self._answers(stage, parts, requests)]
         proofs = Proofs(
             np.concatenate([part.certified for part in found]),
@@ -341,7 +311,7 @@ class Examiner:
         singles = [np.array([row]) for row in rows]
         budgets = [_Budget(nodes, self.progress) for _ in rows]
         requests = [
-            _Request("complete", settings, self._rows(one), budget.advance)
+            Request("complete", settings, self._rows(one), budget.advance)
             for one, budget in zip(singles, budgets, strict=True)
         ]
         for place, (one, reply) in enumerate(self._answers(stage, singles, requests)):
@@ -435,12 +405,12 @@ class Examiner:
     def _keys(self, rows: Rows) -> list[str]:
         return [self.examples.hashes[row] for row in rows]
 
-    def _attack_request(self, operation: str, params: Mapping[str, Any], rows: Rows, **arrays: Array) -> _Request:
-        return _Request(operation, params, {**self._rows(rows), **arrays}, self.progress.advance)
+    def _attack_request(self, operation: str, params: Mapping[str, Any], rows: Rows, **arrays: Array) -> Request:
+        return Request(operation, params, {**self._rows(rows), **arrays}, self.progress.advance)
 
-    def _answers(self, stage: str, parts: Sequence[Rows], requests: Sequence[_Request]) -> Iterator[tuple[Rows, Reply]]:
+    def _answers(self, stage: str, parts: Sequence[Rows], requests: Sequence[Request]) -> Iterator[tuple[Rows, Reply]]:
         """Each part with its reply, in order; as many are asked at a time as the session has jobs."""
-        for part, reply in zip(parts, _asked(self.session, requests), strict=True):
+        for part, reply in zip(parts, asked(self.session, requests), strict=True):
             self.costs[stage].add(reply)
             yield part, reply
 
@@ -456,25 +426,3 @@ class Examiner:
         reply = self.session.call(operation, params, arrays, on_forwards=self.progress.advance if bar else None)
         self.costs[stage].add(reply)
         return reply
-
-
-def _asked(session: Session, requests: Iterable[_Request]) -> Iterator[Reply]:
-    def ask(request: _Request) -> Reply:
-        return session.call(request.operation, request.params, request.arrays, on_forwards=request.on_forwards)
-
-    if session.jobs == 1:
-        yield from map(ask, requests)
-        return
-    with ThreadPoolExecutor(session.jobs) as threads:
-        futures = [threads.submit(ask, request) for request in requests]
-        try:
-            for future in futures:
-                yield future.result()
-        except (Exception, GeneratorExit):
-            raise
-        except BaseException:
-            # Whoever interrupts does not wait for what is at work.
-            session.close()
-            raise
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,81 @@
+"""Several questions to a session, as many at a time as it has jobs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from robustboard.bench.channel import Array
+from robustboard.bench.operations import Reply
+from robustboard.bench.session import Session
+from robustboard.defenses.adapter import Progress
+
+
+@dataclass(frozen=True)
+class Request:
+    """One operation.
+
+    Attributes:
+        operation: its name.
+        params: plain values.
+        arrays: images (N, C, H, W), labels (N,) and the like.
+        on_forwards: called with example-forwards as they happen, from whichever thread waits for the answer.
+    """
+
+    operation: str
+    params: Mapping[str, Any]
+    arrays: Mapping[str, Array]
+    on_forwards: Callable[[int], None] | None = None
+
+
+class OneAtATime:
+    """Progress that several threads may tell of."""
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner, self._lock = inner, threading.Lock()
+
+    def begin(self, stage: str, total: int) -> None:
+        """Begin a bar."""
+        with self._lock:
+            self._inner.begin(stage, total)
+
+    def advance(self, steps: int = 1) -> None:
+        """Move it."""
+        with self._lock:
+            self._inner.advance(steps)
+
+    def note(self, **values: float) -> None:
+        """Tell numbers."""
+        with self._lock:
+            self._inner.note(**values)
+
+
+def asked(session: Session, requests: Iterable[Request]) -> Iterator[Reply]:
+    """The answers in the order of the questions.
+
+    Who stops early leaves the rest unasked. After an error, what is at work is waited for; after an interrupt, the
+    session ends.
+    """
+
+    def ask(request: Request) -> Reply:
+        return session.call(request.operation, request.params, request.arrays, on_forwards=request.on_forwards)
+
+    if session.jobs == 1:
+        yield from map(ask, requests)
+        return
+    with ThreadPoolExecutor(session.jobs) as threads:
+        futures = [threads.submit(ask, request) for request in requests]
+        try:
+            for future in futures:
+                yield future.result()
+        except (Exception, GeneratorExit):
+            raise
+        except BaseException:
+            # Whoever interrupts does not wait for what is at work.
+            session.close()
+            raise
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
