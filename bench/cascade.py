@@ -56,6 +56,8 @@ def judge(examiner: Examiner, verdicts: Verdicts, *, engine: Engine = "cascade",
     if breaks_contract(examiner):
         examiner.bound_methods, complete = (), 0
         examiner.notes.append("Bounds were not run: what the model answers is not a function of the image alone.")
+    elif not examiner.bound_methods:
+        examiner.notes.append("This track tries no bounds, so what it calls robust has only withstood attacks.")
     _clean(examiner, verdicts)
     examiner.progress.begin("reference checks", 1)
     examiner.reference_checks()
@@ -107,8 +109,6 @@ def _pgd(examiner: Examiner, verdicts: Verdicts, wanted: Flags, runs: Sequence[i
 
 
 def _bounds(examiner: Examiner, verdicts: Verdicts) -> None:
-    if not examiner.track.bounds.methods:
-        examiner.notes.append("This track tries no bounds, so what it calls robust has only withstood attacks.")
     for method in examiner.bound_methods:
         examiner.progress.begin(f"bounds: {method}", int(verdicts.open.sum()))
         for _, rows in examiner.shards(verdicts.open):

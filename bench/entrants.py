@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from robustboard.bench.protocol import Track, training_data
 from robustboard.defenses import registry
 from robustboard.defenses.adapter import Defense, DefenseCard, Progress, Split, TrainingData
 from robustboard.defenses.submission import Submission, read_manifest
-from robustboard.errors import DefenseError
+from robustboard.errors import DefenseError, SubmissionError
 from robustboard.leaderboard.record import Claim, DefenseInfo
 
 
@@ -63,6 +64,11 @@ class Entrant(ABC):
     hyper: Mapping[str, Any]
     seeds: Mapping[str, int]
 
+    @property
+    @abstractmethod
+    def identity(self) -> Mapping[str, object]:
+        """What the classifier's answers depend on beside its weights, as plain values."""
+
     @abstractmethod
     def enter(self, worker: WorkerProcess, folder: Path, progress: Progress) -> Brought:
         """Bring the classifier into the worker; `folder` is the run directory."""
@@ -92,6 +98,16 @@ class TrainedEntrant(Entrant):
             chosen = json.dumps({name: str(value) for name, value in overrides.items()}, sort_keys=True)
             self.key += f"-{hashlib.sha256(chosen.encode()).hexdigest()[:8]}"
         self.info = _card_info(self._adapter.card, architecture=str(self.hyper.get("architecture", "")))
+
+    @property
+    def identity(self) -> Mapping[str, object]:
+        """The method, its source, which may be somebody else's, and its hyper-parameters."""
+        source = Path(inspect.getfile(type(self._adapter)))
+        return {
+            "defense": self._adapter.card.name,
+            "source": hashlib.sha256(source.read_bytes()).hexdigest(),
+            "hyper": {name: str(value) for name, value in self.hyper.items()},
+        }
 
     @property
     def images(self) -> int:
@@ -161,10 +177,22 @@ class SubmittedEntrant(Entrant):
         self.seeds = {}
         self.info = _submission_info(self._submission)
 
+    @property
+    def identity(self) -> Mapping[str, object]:
+        """The code, and the manifest, which names the function that builds the network."""
+        content = self._submission.manifest.read_bytes()
+        return {"code": self.code_sha256, "manifest": hashlib.sha256(content).hexdigest()}
+
     def enter(self, worker: WorkerProcess, folder: Path, progress: Progress) -> Brought:
-        """Build the network and read its weights in the worker."""
+        """Build the network and read its weights in the worker.
+
+        Raises:
+            SubmissionError: if they are no longer the files that were found at first.
+        """
         del folder, progress
         reply = worker.load(self._submission.manifest)
+        if read_manifest(self._submission.manifest) != self._submission:
+            raise SubmissionError("The submission's files changed while they were read; score it again.")
         return Brought(reply.count("parameters"), self._submission.weights_sha256)
 
 

@@ -64,6 +64,12 @@ def process_age() -> float:
         return time.process_time()
 
 
+def installed() -> dict[str, str]:
+    """Python, the machine's architecture, and every installed package by name with its version."""
+    packages = {str(one.metadata["Name"]).lower(): one.version for one in importlib.metadata.distributions()}
+    return {**dict(sorted(packages.items())), "python": python_version(), "machine": machine()}
+
+
 def source_sha256() -> str:
     """The sha256 over the source that answers depend on, wherever it is installed."""
     digest = hashlib.sha256()

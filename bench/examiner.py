@@ -210,7 +210,10 @@ class Examiner:
         }
         parts = self._parts(rows, len(rows))
         requests = [self._attack_request("pgd", {**settings, "keys": self._keys(part)}, part) for part in parts]
-        found = [self.perturbed(reply, part) for part, reply in self._answers(stage, parts, requests)]
+        found = []
+        # Not a comprehension: after an error its frame would hold the questions open.
+        for part, reply in self._answers(stage, parts, requests):
+            found.append(self.perturbed(reply, part))
         return np.concatenate([*found, self.images[:0]])
 
     def attack(
@@ -287,7 +290,9 @@ class Examiner:
         }
         parts = self._parts(rows, len(rows))
         requests = [Request("certify", settings, self._rows(part)) for part in parts]
-        found = [self._proofs_of(reply, method, part) for part, reply in self._answers(stage, parts, requests)]
+        found = []
+        for part, reply in self._answers(stage, parts, requests):
+            found.append(self._proofs_of(reply, method, part))
         proofs = Proofs(
             np.concatenate([part.certified for part in found]),
             np.concatenate([part.margins for part in found]),

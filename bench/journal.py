@@ -60,18 +60,25 @@ class Journal:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise self._refused(error) from error
+        try:
             self._end = self._scan()
             os.ftruncate(self._file, self._end)
             if not self._end:
                 self._append(self._head)
         except OSError as error:
+            os.close(self._file)
             raise self._refused(error) from error
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        os.close(self._file)
+        # A thread that comes late must not write to whatever file is given this number next.
+        with self._lock:
+            os.close(self._file)
+            self._file = -1
 
     def __len__(self) -> int:
         """How many answers are kept that nobody has asked for yet."""
@@ -84,7 +91,7 @@ class Journal:
             if not places:
                 return None
             offset, length = places.popleft()
-            header, arrays = decoded(os.pread(self._file, length, offset))
+            header, arrays = decoded(self._read(length, offset))
         return Reply(
             header["values"], arrays, float(header["seconds"]), int(header["forwards"]), int(header["backwards"])
         )
@@ -103,6 +110,10 @@ class Journal:
             "backwards": reply.backwards,
         }
         payload = encoded(header, reply.arrays)
+        try:
+            decoded(payload)
+        except WorkerError:
+            return  # too large to be read again; it is asked for again instead
         segment = _SEGMENT.pack(len(payload), hashlib.sha256(payload).digest()) + payload
         with self._lock:
             try:
@@ -138,7 +149,7 @@ class Journal:
             first = end + _SEGMENT.size
             if length > min(_LARGEST, size - first):
                 return end
-            payload = os.pread(self._file, length, first)
+            payload = self._read(length, first)
             if hashlib.sha256(payload).digest() != checksum:
                 return end
             try:
@@ -147,6 +158,14 @@ class Journal:
                 return end
             self._kept[question].append((first, length))
             end = first + length
+
+    def _read(self, length: int, offset: int) -> bytes:
+        # The system hands out no more than two gigabytes at a time.
+        parts, done = [], 0
+        while done < length and (part := os.pread(self._file, length - done, offset + done)):
+            parts.append(part)
+            done += len(part)
+        return b"".join(parts)
 
     def _refused(self, error: OSError) -> OutputError:
         return OutputError(
@@ -215,6 +234,8 @@ def alone(folder: Path) -> Iterator[None]:
             raise OutputError(
                 f"Another process is at work in {folder}; wait for it, or choose another --run-dir."
             ) from error
+        except OSError as error:
+            raise OutputError(f"The run directory {folder} cannot be locked: {error.strerror or error}.") from error
         yield
     finally:
         os.close(handle)

@@ -67,6 +67,10 @@ class WorkerProcess:
         silence_seconds: how long a model may work without finishing one forward pass.
         workers: where to make this worker known.
 
+    Attributes:
+        jobs: one.
+        lost: whether the process died or fell silent.
+
     Raises:
         WorkerError: from any method, when the process dies, hangs or talks nonsense.
     """
@@ -81,6 +85,7 @@ class WorkerProcess:
         workers: Workers | None = None,
     ) -> None:
         self.jobs = 1
+        self.lost = False
         self._load_seconds = load_seconds
         self._silence_seconds = silence_seconds
         self._workers = workers or Workers()
@@ -169,10 +174,12 @@ class WorkerProcess:
                     return reply
                 told(progress, on_forwards)
         except TimeoutError as error:
+            self.lost = True
             raise WorkerError(
                 f"The model's process was silent for {patience:.0f} seconds during {operation} and was ended."
             ) from error
         except ChannelClosedError as error:
+            self.lost = True
             raise WorkerError(f"The model's process {self._how_it_ended()} during {operation}.") from error
 
     def _how_it_ended(self) -> str:

@@ -123,6 +123,8 @@ def recall_examples(
         n = content.get("n")
         loaded = load_track(track)
         loaded = loaded.limited(n) if isinstance(n, int) else loaded
+        attacks = content.get("attacks")
+        loaded = loaded.hurried() if isinstance(attacks, dict) and attacks.get("ensemble") == "fast" else loaded
     dataset = load_dataset(loaded.dataset, data_dirs=data_folders(tuple(data_dirs)), download=download)
     resolved, examples = resolve(loaded, dataset), select(loaded, dataset)
     if resolved.hash != record.track.hash:

@@ -30,7 +30,7 @@ from robustboard.bench.cascade import Engine
 from robustboard.bench.corrupted import Pictures
 from robustboard.bench.datasets import Dataset, data_folders, from_arrays, load_dataset
 from robustboard.bench.entrants import Brought, Entrant, find_entrant, require_known
-from robustboard.bench.environment import package_versions, source_sha256, threads_for
+from robustboard.bench.environment import installed, source_sha256, threads_for
 from robustboard.bench.evaluate import Evaluation, evaluate
 from robustboard.bench.examiner import Floats
 from robustboard.bench.journal import FILE as JOURNAL
@@ -45,7 +45,7 @@ from robustboard.bench.rescore import rescore
 from robustboard.bench.session import LocalSession, Session
 from robustboard.bench.surrogates import Surrogate, Surrogates, surrogates_of
 from robustboard.defenses.adapter import NoProgress, Progress
-from robustboard.errors import DataError, GateError, ModelError, OutputError
+from robustboard.errors import DataError, GateError, ModelError, OutputError, WorkerError
 from robustboard.files import replace_file, require_writable
 from robustboard.leaderboard.record import RECORD_FILE, DefenseInfo, Record, save
 
@@ -195,11 +195,11 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
         device = processes[0].device
         worker = Pool(processes) if request.jobs > 1 else processes[0]
         with Journal(folder / JOURNAL, _identity(made, brought, device)) as journal:
-            found, study = _judged(Journaled(worker, journal), request, made, watched)
-            _store(folder, brought.weights, found, study, examples)
-            # A model that does not repeat itself cannot pass a second time; its record says so instead.
-            if found.diagnosis.status != "invalid":
-                with _in_doubt(folder):
+            with _doubted(folder, journal, processes):
+                found, study = _judged(Journaled(worker, journal), request, made, watched)
+                _store(folder, brought.weights, found, study, examples)
+                # A model that does not repeat itself cannot pass a second time; its record says so instead.
+                if found.diagnosis.status != "invalid":
                     rescore(worker, track, examples, found.outcomes, folder / "adversarial.npz", progress=watched)
             record = build_record(
                 found,
@@ -224,30 +224,38 @@ def _judged(
     session: Session, request: Request, made: Prepared, progress: Progress
 ) -> tuple[Evaluation, SeedStudy | None]:
     """The evaluation, and the study of attack seeds if one is asked for."""
-    with _in_doubt(made.folder):
-        found = evaluate(
-            session,
-            made.track,
-            made.examples,
-            engine=made.engine,
-            complete=request.complete,
-            surrogates=_surrogates(made.track, made.dataset, folder=made.surrogates),
-            progress=progress,
-            pictures=made.pictures,
-        )
-        study = study_attack_seeds(
-            session, made.track, made.examples, found.outcomes, seeds=request.attack_seeds, progress=progress
-        )
+    found = evaluate(
+        session,
+        made.track,
+        made.examples,
+        engine=made.engine,
+        complete=request.complete,
+        surrogates=_surrogates(made.track, made.dataset, folder=made.surrogates),
+        progress=progress,
+        pictures=made.pictures,
+    )
+    study = study_attack_seeds(
+        session, made.track, made.examples, found.outcomes, seeds=request.attack_seeds, progress=progress
+    )
     return found, study
 
 
 @contextlib.contextmanager
-def _in_doubt(folder: Path) -> Iterator[None]:
-    """Where the gate fires, an earlier record of this very run is in doubt too, and must not be published either."""
+def _doubted(folder: Path, journal: Journal, processes: Sequence[WorkerProcess]) -> Iterator[None]:
+    """Where an answer cannot be used, the next run must ask afresh; where only a process died, it must not.
+
+    Where the gate fires, an earlier record of this very run is in doubt too, and must not be published either.
+    """
     try:
         yield
-    except GateError:
-        shutil.rmtree(folder / "record", ignore_errors=True)
+    except (GateError, ModelError) as error:
+        journal.remove()
+        if isinstance(error, GateError):
+            shutil.rmtree(folder / "record", ignore_errors=True)
+        raise
+    except WorkerError:
+        if not any(process.lost for process in processes):
+            journal.remove()
         raise
 
 
@@ -256,9 +264,10 @@ def _identity(made: Prepared, brought: Brought, device: str) -> dict[str, object
     return {
         "track": made.track.hash,
         "weights": brought.checkpoint_sha256,
-        "code": made.entrant.code_sha256,
+        "entrant": dict(made.entrant.identity),
         "device": device,
-        "packages": package_versions(),
+        "threads": made.threads,
+        "software": installed(),
         "source": source_sha256(),
     }
 
@@ -334,17 +343,10 @@ def score(
 
 
 def _follow(worker: WorkerProcess, entrant: Entrant, brought: Brought, folder: Path) -> None:
-    """Bring the model that is in the first process into another one.
-
-    Raises:
-        ModelError: if it does not get there.
-    """
+    """Bring the model that is in the first process into another one."""
     found = entrant.enter(worker, folder, NoProgress())
-    if found.checkpoint_sha256 == brought.checkpoint_sha256:
-        return
-    if brought.weights is None:
-        raise ModelError("The submission's files changed while its processes read them; the run stops.")
-    worker.restore(from_safetensors(brought.weights))
+    if brought.weights is not None and found.checkpoint_sha256 != brought.checkpoint_sha256:
+        worker.restore(from_safetensors(brought.weights))
 
 
 def _as_asked(track: Track, engine: Engine | Literal["fast"]) -> tuple[Track, Engine]:

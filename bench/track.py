@@ -363,7 +363,7 @@ class Track(_Frozen):
         return self.model_copy(update={"id": self._named(f"n{n}"), "n": n, "images_sha256": None})
 
     def hurried(self) -> Track:
-        """The fast mode: one run of PGD and the fast attack, no bounds, under an id of its own: `mnist-linf-fast@1`.
+        """The fast mode: one run of PGD and the fast attack, no bounds of auto_LiRPA's, as `mnist-linf-fast@1`.
 
         What it finds is compared with nothing but itself: it is another protocol on the same examples.
         """

@@ -19,7 +19,7 @@ from robustboard.bench import journal as journals
 from robustboard.bench.cli import app
 from robustboard.bench.journal import Journal, Journaled, alone
 from robustboard.bench.operations import Reply
-from robustboard.errors import OutputError, WorkerError
+from robustboard.errors import ModelError, OutputError, WorkerError
 from robustboard.leaderboard.record import load
 
 IDENTITY = {"weights": "a" * 64}
@@ -164,42 +164,87 @@ def test_a_question_is_its_operation_its_settings_and_its_images(tmp_path):
     assert second.asked == ["pgd", "check"]
 
 
-def test_a_run_goes_on_where_a_dead_process_left_it(make_submission, quadrant_track, tmp_path):
-    """The model's process dies in the middle; the same command then asks only what is left, with an equal record."""
-    flag = tmp_path / "flag"
-    model = f"""
+MORTAL = """
 import os, torch
 from pathlib import Path
 from torch import nn
 
+FOLDER = Path({folder!r})
+
 class Net(nn.Module):
-    def __init__(self):
+    def __init__(self, sign=1.0):
         super().__init__()
         self.layer = nn.Linear(16, 4)
-        self.passes = 0
+        self.passes, self.sign = 0, sign
 
     def forward(self, x):
         self.passes += 1
-        if self.passes > 60 and not Path({str(flag)!r}).exists():
-            Path({str(flag)!r}).touch()
+        with (FOLDER / "passes").open("a") as file:
+            file.write(".")
+        if self.passes > {most} and not (FOLDER / "dead").exists():
+            (FOLDER / "dead").touch()
             os._exit(9)
-        return self.layer(x.flatten(1))
+        return self.sign * self.layer(x.flatten(1))
 
 def build():
     return Net()
+
+def other():
+    return Net(sign=-1.0)
 """
-    command = ["score", str(make_submission(model)), "--track", str(quadrant_track), "--no-mlflow", "--run-dir"]
-    first = CliRunner().invoke(app, [*command, str(tmp_path / "run")])
+
+
+@pytest.fixture
+def mortal(make_submission, quadrant_track, tmp_path):
+    """A submission whose process dies in the middle of its first run, that run, and how to run the command again."""
+    manifest = make_submission(MORTAL.format(folder=str(tmp_path), most=800))
+
+    def run(name: str, *options: str):
+        command = ["score", str(manifest), "--track", str(quadrant_track), "--no-mlflow", *options]
+        (tmp_path / "passes").unlink(missing_ok=True)
+        done = CliRunner().invoke(app, [*command, "--run-dir", str(tmp_path / name)])
+        return done, (tmp_path / "passes").stat().st_size
+
+    first, _ = run("run")
     assert isinstance(first.exception, WorkerError)
     assert (tmp_path / "run" / "journal.bin").stat().st_size > 1000
-    for name in ("run", "quiet"):
-        assert CliRunner().invoke(app, [*command, str(tmp_path / name)]).exit_code == 0
-        assert not (tmp_path / name / "journal.bin").exists()
+    return manifest, run
+
+
+def test_a_run_goes_on_where_a_dead_process_left_it(mortal, tmp_path):
+    """The same command asks only what is left: fewer passes, an equal table, and all passes in the record's cost."""
+    _, run = mortal
+    (done, passes), (_, quiet) = run("run"), run("quiet")
+    assert done.exit_code == 0, done.output
+    assert quiet - passes > 400
+    assert not list(tmp_path.glob("*/journal.bin"))
     one, other = load(tmp_path / "run" / "record"), load(tmp_path / "quiet" / "record")
     pd.testing.assert_frame_equal(one.outcomes, other.outcomes)
     assert {stage: cost.forwards for stage, cost in one.cost.items()} == {
         stage: cost.forwards for stage, cost in other.cost.items()
     }
+
+
+def test_another_function_of_the_same_files_is_another_model(mortal, tmp_path):
+    """Weights and code are the same, bit for bit; only the manifest names another function."""
+    manifest, run = mortal
+    manifest.write_text(manifest.read_text().replace("model.py:build", "model.py:other"))
+    done, _ = run("run")
+    assert done.exit_code == 0, done.output
+    assert load(tmp_path / "run" / "record").metrics["clean"].value == 0
+
+
+def test_an_answer_that_cannot_be_used_is_not_kept_for_the_next_run(make_submission, quadrant_track, tmp_path):
+    """A model that answers NaN once, in the middle: the journal goes, so that the next run asks again."""
+    model = MORTAL.format(folder=str(tmp_path), most=60)
+    # A verdict rests on a pass in inference mode.
+    model = model.replace("if self.passes", "if torch.is_inference_mode_enabled() and self.passes")
+    model = model.replace("os._exit(9)", "return x.new_full((len(x), 4), float('nan'))")
+    command = ["score", str(make_submission(model)), "--track", str(quadrant_track), "--no-mlflow", "--run-dir"]
+    first = CliRunner().invoke(app, [*command, str(tmp_path / "run")])
+    assert isinstance(first.exception, ModelError)
+    assert not (tmp_path / "run" / "journal.bin").exists()
+    assert CliRunner().invoke(app, [*command, str(tmp_path / "run")]).exit_code == 0
 
 
 @pytest.fixture
