@@ -77,6 +77,8 @@ class Journal:
     def __exit__(self, *exc: object) -> None:
         # A thread that comes late must not write to whatever file is given this number next.
         with self._lock:
+            if self._end == _HEAD.size:
+                self.remove()
             os.close(self._file)
             self._file = -1
 
@@ -219,23 +221,43 @@ class Journaled:
 def alone(folder: Path) -> Iterator[None]:
     """Hold a run directory for this process alone; the lock goes with the process, however it ends.
 
+    A folder that is made for this and still empty at the end goes too.
+
     Raises:
         OutputError: if another process holds it, or it cannot be made.
     """
+    made = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
+    handle = _locked(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise OutputError(f"The run directory {folder} cannot be written: {error.strerror or error}.") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise OutputError(
-                f"Another process is at work in {folder}; wait for it, or choose another --run-dir."
-            ) from error
-        except OSError as error:
-            raise OutputError(f"The run directory {folder} cannot be locked: {error.strerror or error}.") from error
         yield
     finally:
+        # First the file, then the lock: whoever opened the file in between sees that it is no longer there.
+        with contextlib.suppress(OSError):
+            (folder / LOCK).unlink()
         os.close(handle)
+        with contextlib.suppress(OSError):
+            for place in made:
+                place.rmdir()
+
+
+def _locked(folder: Path) -> int:
+    """The file descriptor of the folder's lock."""
+    path = folder / LOCK
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise OutputError(f"The run directory {folder} cannot be written: {error.strerror or error}.") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and path.stat().st_ino == os.fstat(handle).st_ino:
+                return handle
+            os.close(handle)
+        except OSError as error:
+            os.close(handle)
+            if isinstance(error, BlockingIOError):
+                raise OutputError(
+                    f"Another process is at work in {folder}; wait for it, or choose another --run-dir."
+                ) from error
+            raise OutputError(f"The run directory {folder} cannot be locked: {error.strerror or error}.") from error

@@ -316,7 +316,7 @@ def test_jobs_in_threads_train_surrogates_one_after_the_other(digits, monkeypatc
     """They share torch's generators and its thread count: at once, each would get other weights than alone."""
     busy, overlaps = threading.Lock(), []
 
-    def train(name, settings, data, threat, folder):
+    def train(name, settings, data, threat, folder, progress):
         overlaps.append(not busy.acquire(blocking=False))
         time.sleep(0.02)
         if not overlaps[-1]:
