@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -209,7 +209,7 @@ class Examiner:
             "runs": None if runs is None else list(runs),
         }
         parts = self._parts(rows, len(rows))
-        requests = [self._attack_request("pgd", {**settings, "keys": self._keys(part)}, part) for part in parts]
+        requests = (self._attack_request("pgd", {**settings, "keys": self._keys(part)}, part) for part in parts)
         found = []
         # Not a comprehension: after an error its frame would hold the questions open.
         for part, reply in self._answers(stage, parts, requests):
@@ -239,12 +239,12 @@ class Examiner:
             "seed": self.track.attacks.autoattack.seed,
             "most": most,
         }
-        everything = np.ones((len(self.labels), self.examples.classes), dtype=bool)
-        open_ = everything if targets is None else targets
-        requests = [
-            self._attack_request("attack", {**settings, "keys": self._keys(part)}, part, targets=open_[part])
+        if targets is None:
+            targets = np.ones((len(self.labels), self.examples.classes), dtype=bool)
+        requests = (
+            self._attack_request("attack", {**settings, "keys": self._keys(part)}, part, targets=targets[part])
             for part in parts
-        ]
+        )
         for part, reply in self._answers(stage, parts, requests):
             found[part] = self.perturbed(reply, part)
         for shard, rows in self.shards(wanted):
@@ -280,7 +280,7 @@ class Examiner:
         return self.perturbed(reply, rows)
 
     def certify(self, stage: str, method: str, rows: Rows) -> Proofs:
-        """What a method proves of `rows`, whichever shards they are of."""
+        """What a method proves of `rows`, at least one, whichever shards they are of."""
         settings = {
             **self._threat_settings(),
             "method": method,
@@ -289,7 +289,7 @@ class Examiner:
             "memory_bytes": self.track.bounds.memory_mebibytes << 20,
         }
         parts = self._parts(rows, len(rows))
-        requests = [Request("certify", settings, self._rows(part)) for part in parts]
+        requests = (Request("certify", settings, self._rows(part)) for part in parts)
         found = []
         for part, reply in self._answers(stage, parts, requests):
             found.append(self._proofs_of(reply, method, part))
@@ -405,7 +405,7 @@ class Examiner:
         """Rows in parts of at most `most`, and so small that every job of the session has its share."""
         shares = 1 if self.session.jobs == 1 else _SHARES * self.session.jobs
         size = max(1, min(most, max(_LEAST_SHARE, math.ceil(len(rows) / shares))))
-        return [rows[first : first + size] for first in range(0, len(rows), size)] or [rows]
+        return [rows[first : first + size] for first in range(0, len(rows), size)]
 
     def _keys(self, rows: Rows) -> list[str]:
         return [self.examples.hashes[row] for row in rows]
@@ -413,7 +413,7 @@ class Examiner:
     def _attack_request(self, operation: str, params: Mapping[str, Any], rows: Rows, **arrays: Array) -> Request:
         return Request(operation, params, {**self._rows(rows), **arrays}, self.progress.advance)
 
-    def _answers(self, stage: str, parts: Sequence[Rows], requests: Sequence[Request]) -> Iterator[tuple[Rows, Reply]]:
+    def _answers(self, stage: str, parts: Sequence[Rows], requests: Iterable[Request]) -> Iterator[tuple[Rows, Reply]]:
         """Each part with its reply, in order; as many are asked at a time as the session has jobs."""
         for part, reply in zip(parts, asked(self.session, requests), strict=True):
             self.costs[stage].add(reply)
