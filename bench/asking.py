@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from robustboard.bench.channel import Array
 from robustboard.bench.operations import Reply
 from robustboard.bench.session import Session
 from robustboard.defenses.adapter import Progress
+
+# Questions for each job: enough that an answer that is late does not leave the others idle.
+_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -53,24 +58,27 @@ class OneAtATime:
             self._inner.note(**values)
 
 
-def asked(session: Session, requests: Iterable[Request]) -> Iterator[Reply]:
-    """The answers in the order of the questions.
+def asked(session: Session, requests: Iterable[Request]) -> Iterator[tuple[Request, Reply]]:
+    """The questions with their answers, in the order of the questions.
 
-    Who stops early leaves the rest unasked. After an error, what is at work is waited for; after an interrupt, the
-    session ends.
+    No more questions are taken than keep the session's jobs at work. Who stops early leaves the rest unasked. After an
+    error, what is at work is waited for; after an interrupt, the session ends.
     """
 
-    def ask(request: Request) -> Reply:
-        return session.call(request.operation, request.params, request.arrays, on_forwards=request.on_forwards)
+    def ask(request: Request) -> tuple[Request, Reply]:
+        answer = session.call(request.operation, request.params, request.arrays, on_forwards=request.on_forwards)
+        return request, answer
 
     if session.jobs == 1:
         yield from map(ask, requests)
         return
+    waiting = iter(requests)
     with ThreadPoolExecutor(session.jobs) as threads:
-        futures = [threads.submit(ask, request) for request in requests]
+        asking = deque(threads.submit(ask, request) for request in islice(waiting, _AHEAD * session.jobs))
         try:
-            for future in futures:
-                yield future.result()
+            while asking:
+                yield asking.popleft().result()
+                asking.extend(threads.submit(ask, request) for request in islice(waiting, 1))
         except (Exception, GeneratorExit):
             raise
         except BaseException:

@@ -75,8 +75,10 @@ def judge(examiner: Examiner, verdicts: Verdicts, *, engine: Engine = "cascade",
 def _clean(examiner: Examiner, verdicts: Verdicts) -> None:
     everything = np.ones(len(examiner.labels), dtype=bool)
     examiner.progress.begin("clean", len(everything))
-    for shard, _ in examiner.shards(everything):
-        verdicts.clean[shard] = examiner.predict("clean", examiner.images[shard]) == examiner.labels[shard]
+    shards = [shard for shard, _ in examiner.shards(everything)]
+    batches = (examiner.images[shard] for shard in shards)
+    for shard, predicted in zip(shards, examiner.predict_each("clean", batches), strict=True):
+        verdicts.clean[shard] = predicted == examiner.labels[shard]
         examiner.progress.advance(len(shard))
 
 
@@ -103,19 +105,19 @@ def _pgd(examiner: Examiner, verdicts: Verdicts, wanted: Flags, runs: Sequence[i
     if not runs:
         return
     examiner.progress.begin("PGD", int(wanted.sum()) * len(runs) * examiner.track.attacks.pgd.steps)
-    for shard, rows in examiner.shards(wanted):
-        found = examiner.pgd("pgd", rows, runs=runs)
-        verdicts.attacked("pgd", rows, examiner.confirm("pgd", "PGD", shard, rows, found), found)
+    rows = np.flatnonzero(wanted)
+    found = examiner.pgd("pgd", rows, runs=runs)
+    verdicts.attacked("pgd", rows, examiner.confirm("pgd", "PGD", rows, found), found)
 
 
 def _bounds(examiner: Examiner, verdicts: Verdicts) -> None:
     for method in examiner.bound_methods:
         examiner.progress.begin(f"bounds: {method}", int(verdicts.open.sum()))
-        for _, rows in examiner.shards(verdicts.open):
-            proofs = examiner.certify("bounds", method, rows)
+        rows = np.flatnonzero(verdicts.open)
+        if len(rows):
+            proofs = examiner.certify("bounds", [method], rows)[method]
             verdicts.bounded(method, rows, proofs.certified, proofs.margins)
             verdicts.exclude(rows, proofs.excluded)
-            examiner.progress.advance(len(rows))
 
 
 def _attacks(examiner: Examiner, verdicts: Verdicts, *, spared: Flags | None = None) -> None:
@@ -126,8 +128,8 @@ def _attacks(examiner: Examiner, verdicts: Verdicts, *, spared: Flags | None = N
         before = verdicts.open.mean()
         examiner.progress.begin(attack, int(wanted.sum()) * ensembles.FORWARDS[attack])
         targets = None if verdicts.excluded is None else ~verdicts.excluded
-        for rows, broken, found in examiner.attack(attack, attack, wanted, targets=targets):
-            verdicts.attacked(attack, rows, broken, found)
+        rows = np.flatnonzero(wanted)
+        verdicts.attacked(attack, rows, *examiner.attack(attack, attack, rows, targets=targets))
         if attack == "square":
             _heed_square(examiner, float(before), float(verdicts.open.mean()))
 
@@ -140,9 +142,9 @@ def _autoattack(examiner: Examiner, verdicts: Verdicts) -> None:
     for attack in attacks:
         before = alive.mean()
         examiner.progress.begin(f"AutoAttack: {attack}", int(alive.sum()) * REFERENCE_FORWARDS[attack])
-        for rows, broken, found in examiner.autoattack("autoattack", attack, alive.copy()):
-            verdicts.attacked(attack, rows, broken, found)
-            alive[rows[broken]] = False
+        rows, broken, found = examiner.autoattack("autoattack", attack, alive)
+        verdicts.attacked(attack, rows, broken, found)
+        alive[rows[broken]] = False
         if attack == "square":
             _heed_square(examiner, float(before), float(alive.mean()))
     # With fewer than four classes the reference code cannot run APGD-T, so what ran is not AutoAttack.
@@ -162,11 +164,11 @@ def _complete(examiner: Examiner, verdicts: Verdicts, nodes: int) -> tuple[str, 
     if not wanted.any():
         return ()
     examiner.progress.begin("complete verification", int(wanted.sum()) * nodes)
-    for shard, rows in examiner.shards(wanted):
+    for _, rows in examiner.shards(wanted):
         answer = examiner.complete(COMPLETE, rows, nodes)
         if answer is None:
             return ()  # of this network nothing can be known, which the first question finds out
-        broken = examiner.confirm(COMPLETE, "complete verification", shard, rows, answer.found)
+        broken = examiner.confirm(COMPLETE, "complete verification", rows, answer.found)
         verdicts.attacked(COMPLETE, rows, broken, answer.found)
         for method in verify.METHODS:
             proved = np.array([name == method for name in answer.methods], dtype=bool)

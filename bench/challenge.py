@@ -151,7 +151,7 @@ def _held(examiner: Examiner, outcomes: pd.DataFrame, given: Perturbed) -> Flags
                 f"The model classifies {examiner.names(shard[different])} otherwise than the record says, so it is not "
                 "the model, or not the kind of machine, that the record was made with."
             )
-        held[rows] = examiner.confirm("challenge", "The challenge", shard, rows, found[rows])
+        held[rows] = examiner.confirm("challenge", "The challenge", rows, found[rows])
         examiner.progress.advance(len(rows))
     return held
 

@@ -61,9 +61,10 @@ def judge_corrupted(examiner: Examiner, verdicts: Verdicts, pictures: Pictures) 
     examiner.progress.begin("corruptions", len(conditions) * len(everything))
     for name, severity in conditions:
         correct = np.zeros(len(everything), dtype=bool)
-        for shard, _ in examiner.shards(everything):
-            spoiled = as_floats(pictures(name, severity, shard))
-            correct[shard] = examiner.predict("corruption", spoiled) == examiner.labels[shard]
+        shards = [shard for shard, _ in examiner.shards(everything)]
+        batches = (as_floats(pictures(name, severity, shard)) for shard in shards)
+        for shard, predicted in zip(shards, examiner.predict_each("corruption", batches), strict=True):
+            correct[shard] = predicted == examiner.labels[shard]
             examiner.progress.advance(len(shard))
         verdicts.corrupted[f"corruption/{name}/{severity}"] = correct
 
@@ -78,15 +79,14 @@ def attack_corrupted(examiner: Examiner, verdicts: Verdicts, pictures: Pictures)
     examiner.progress.begin("PGD on corrupted images", int(chosen.sum()) * len(suite.attacked) * passes)
     for name, severity in suite.attacked:
         robust = chosen & verdicts.corrupted[f"corruption/{name}/{severity}"]
-        shards = list(examiner.shards(robust))
         images = examiner.examples.images.copy()
-        for shard, _ in shards:
+        for shard, _ in examiner.shards(robust):
             images[shard] = pictures(name, severity, shard)
         # The same examiner, with the same bills, of a world in which the corrupted images are the clean ones.
         moved = dataclasses.replace(examiner, examples=dataclasses.replace(examiner.examples, images=images))
-        for shard, rows in shards:
-            found = moved.pgd("robust corruption", rows)
-            robust[rows] = ~moved.confirm("robust corruption", "PGD", shard, rows, found)
+        rows = np.flatnonzero(robust)
+        found = moved.pgd("robust corruption", rows)
+        robust[rows] = ~moved.confirm("robust corruption", "PGD", rows, found)
         verdicts.robust_corrupted[f"robust_corruption/{name}/{severity}"] = (chosen, robust)
 
 

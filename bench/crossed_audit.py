@@ -11,7 +11,6 @@ of such checks wrong, with 95 % confidence (the rule of three).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +18,7 @@ import numpy as np
 from robustboard.attacks import keyed
 from robustboard.attacks.kernels import ensembles
 from robustboard.bench.examiner import Examiner
-from robustboard.bench.verdicts import Contradiction, Flags, Rows, Verdicts
+from robustboard.bench.verdicts import Contradiction, Flags, Rows, Verdicts, flags
 
 
 @dataclass
@@ -71,13 +70,12 @@ def _bound_the_broken(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> N
     count = max(_LEAST_BOUNDED, math.ceil(_SHARE_BOUNDED * len(broken)))
     sample = np.array(sorted(_drawn(examiner, broken)[:count]), dtype=np.int64)
     bounded = np.zeros(len(sample), dtype=bool)
-    examiner.progress.begin("audit: bounds", len(methods))
-    for method in methods if len(sample) else ():
-        proofs = examiner.certify("audit", method, sample)
+    examiner.progress.begin("audit: bounds", len(methods) * len(sample))
+    answers = examiner.certify("audit", methods, sample) if len(sample) else {}
+    for method, proofs in answers.items():
         bounded |= np.isfinite(proofs.margins).any(axis=1)
         for row in sample[proofs.certified]:
             audit.contradictions.append(Contradiction(int(row), method, verdicts.broken_by[row] or ""))
-        examiner.progress.advance(1)
     audit.broken_bounded = int(bounded.sum())
 
 
@@ -99,11 +97,12 @@ def _attack_the_certified(examiner: Examiner, verdicts: Verdicts, audit: Audit) 
     alive = _sample(examiner, verdicts)
     audit.certified_attacked = int(alive.sum())
     for attack in _ATTACKS:
-        examiner.progress.begin(f"audit: {attack}", int(alive.sum()) * ensembles.FORWARDS[attack])
-        for rows, broken, _ in examiner.attack("audit", attack, alive.copy(), most=_TARGETS):
-            for row in rows[broken]:
-                audit.contradictions.append(Contradiction(int(row), verdicts.certified_by[row] or "", attack))
-            alive[rows[broken]] = False
+        rows = np.flatnonzero(alive)
+        examiner.progress.begin(f"audit: {attack}", len(rows) * ensembles.FORWARDS[attack])
+        broken, _ = examiner.attack("audit", attack, rows, most=_TARGETS)
+        for row in rows[broken]:
+            audit.contradictions.append(Contradiction(int(row), verdicts.certified_by[row] or "", attack))
+        alive[rows[broken]] = False
 
 
 def _sample(examiner: Examiner, verdicts: Verdicts) -> Flags:
@@ -113,15 +112,9 @@ def _sample(examiner: Examiner, verdicts: Verdicts) -> Flags:
     by_margin = certified[np.argsort(verdicts.margins[certified], kind="stable")]
     near, rest = by_margin[: settings.smallest_margins], by_margin[settings.smallest_margins :]
     drawn = _drawn(examiner, rest)[: settings.certified_sample]
-    return _flags([*near, *drawn], len(verdicts.labels))
+    return flags([*near, *drawn], len(verdicts.labels))
 
 
 def _drawn(examiner: Examiner, rows: Rows) -> list[np.int64]:
     """`rows` in an order that depends on the content of each alone."""
     return sorted(rows, key=lambda row: keyed.derive_seed("audit", examiner.examples.hashes[row]))
-
-
-def _flags(rows: Sequence[np.int64], count: int) -> Flags:
-    chosen = np.zeros(count, dtype=bool)
-    chosen[np.array(rows, dtype=np.int64)] = True
-    return chosen

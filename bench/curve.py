@@ -244,8 +244,10 @@ def _start(examiner: Examiner, count: int) -> Traced:
     n = len(examiner.labels)
     examiner.check()
     clean = np.zeros(n, dtype=bool)
-    for shard, _ in examiner.shards(np.ones(n, dtype=bool)):
-        clean[shard] = examiner.predict("clean", examiner.images[shard]) == examiner.labels[shard]
+    shards = [shard for shard, _ in examiner.shards(np.ones(n, dtype=bool))]
+    batches = (examiner.images[shard] for shard in shards)
+    for shard, predicted in zip(shards, examiner.predict_each("clean", batches), strict=True):
+        clean[shard] = predicted == examiner.labels[shard]
     return Traced(
         clean,
         np.full(n, -1, dtype=np.int64),

@@ -254,12 +254,7 @@ class _Run:
 
     def _confirmed(self, attack: str, rows: Rows, found: Floats) -> Flags:
         """Which images break their example in the canonical pass; a certified one among them is a contradiction."""
-        broken = np.zeros(len(rows), dtype=bool)
-        wanted = np.zeros(len(self.examiner.labels), dtype=bool)
-        wanted[rows] = True
-        for shard, part in self.examiner.shards(wanted):
-            places = np.searchsorted(rows, part)
-            broken[places] = self.examiner.confirm(_STAGE, attack, shard, part, found[places])
+        broken = self.examiner.confirm(_STAGE, attack, rows, found)
         for row in rows[broken]:
             proof = self.verdicts.certified_by[row]
             if proof is not None:

@@ -27,7 +27,7 @@ from robustboard.bench.channel import Array
 from robustboard.bench.operations import Reply
 from robustboard.bench.protocol import Examples, Track
 from robustboard.bench.session import Session
-from robustboard.bench.verdicts import Flags, Rows
+from robustboard.bench.verdicts import Flags, Rows, flags
 from robustboard.defenses.adapter import Progress
 from robustboard.defenses.contract import GRADIENTS
 from robustboard.errors import GateError, ModelError, WorkerError
@@ -41,8 +41,10 @@ REFERENCE_FORWARDS = {"apgd_ce": 103, "apgd_t": 920, "fab_t": 1829, "square": 50
 _CHECKED_IMAGES = 16
 
 # With several jobs, each has so many parts of a stage, so that one that is slow does not hold up the others; parts of
-# fewer examples are slower for each.
-_SHARES, _LEAST_SHARE = 2, 16
+# fewer examples than that are slower for each, and with fewer than the least a job had better stay idle.
+_SHARES, _GOOD_SHARE, _LEAST_SHARE = 2, 16, 8
+# A bound of one example takes as long as an attack on many.
+_LEAST_BOUNDED = 2
 
 # A record holds a hundred sentences.
 _MOST_NOTES = 50
@@ -185,11 +187,22 @@ class Examiner:
         Raises:
             ModelError: if a logit is not finite: such an answer is neither right nor wrong.
         """
-        logits = self._call(stage, "predict", {}, {"images": images}).array("logits", np.floating)
-        if logits.shape != (len(images), self.examples.classes):
+        (predicted,) = self.predict_each(stage, [images])
+        return predicted
+
+    def predict_each(self, stage: str, batches: Iterable[Floats]) -> Iterator[npt.NDArray[np.int64]]:
+        """The classes of several canonical batches, in their order; see `predict`."""
+        requests = (Request("predict", {}, {"images": images}) for images in batches)
+        for request, reply in asked(self.session, requests):
+            self.costs[stage].add(reply)
+            yield self._classes(stage, reply, len(request.arrays["images"]))
+
+    def _classes(self, stage: str, reply: Reply, count: int) -> npt.NDArray[np.int64]:
+        logits = reply.array("logits", np.floating)
+        if logits.shape != (count, self.examples.classes):
             raise ModelError(
-                f"The model must return logits of shape (N, {self.examples.classes}); for {len(images)} images it "
-                f"returned {logits.shape}."
+                f"The model must return logits of shape (N, {self.examples.classes}); for {count} images it returned "
+                f"{logits.shape}."
             )
         if not np.isfinite(logits).all():
             raise ModelError(f"The model returned NaN or infinite logits during {stage}, so the run stops.")
@@ -197,7 +210,7 @@ class Examiner:
         return predicted
 
     def pgd(self, stage: str, rows: Rows, *, runs: Sequence[int] | None = None) -> Floats:
-        """PGD's perturbed images for `rows` of one shard; `runs` chooses among its runs, None takes all."""
+        """PGD's perturbed images for `rows`; `runs` chooses among its runs, None takes all."""
         pgd = self.track.attacks.pgd
         settings = {
             **self._threat_settings(),
@@ -208,31 +221,26 @@ class Examiner:
             "losses": list(pgd.losses_for(self.examples.classes)),
             "runs": None if runs is None else list(runs),
         }
-        parts = self._parts(rows, len(rows))
+        parts = self._parts(rows, self.track.batch_size)
         requests = (self._attack_request("pgd", {**settings, "keys": self._keys(part)}, part) for part in parts)
-        found = []
-        # Not a comprehension: after an error its frame would hold the questions open.
-        for part, reply in self._answers(stage, parts, requests):
-            found.append(self.perturbed(reply, part))
-        return np.concatenate([*found, self.images[:0]])
+        return self._found(stage, parts, requests)
 
     def attack(
-        self, stage: str, attack: str, wanted: Flags, *, targets: Flags | None = None, most: int = TARGETS
-    ) -> Iterator[tuple[Rows, Flags, Floats]]:
-        """One of the board's own attacks on the rows that are wanted, from whichever shards, many at a time.
+        self, stage: str, attack: str, rows: Rows, *, targets: Flags | None = None, most: int = TARGETS
+    ) -> tuple[Flags, Floats]:
+        """One of the board's own attacks on `rows`, many at a time.
 
         Args:
             stage: where its cost is entered.
             attack: one of `robustboard.attacks.kernels.ensembles.STAGES`.
-            wanted: (N,).
+            rows: in rising order, of whichever shards.
             targets: (N, K), the classes worth a try; None for all.
             most: how many classes targeted attacks try.
 
-        Yields:
-            Rows of one shard, which of them are broken, and their perturbed images.
+        Returns:
+            Which of the rows are broken, and their perturbed images.
         """
-        found = self.images.copy()
-        parts = self._parts(np.flatnonzero(wanted), self.track.batch_size)
+        parts = self._parts(rows, self.track.batch_size)
         settings = {
             **self._threat_settings(),
             "stage": attack,
@@ -245,18 +253,25 @@ class Examiner:
             self._attack_request("attack", {**settings, "keys": self._keys(part)}, part, targets=targets[part])
             for part in parts
         )
-        for part, reply in self._answers(stage, parts, requests):
-            found[part] = self.perturbed(reply, part)
-        for shard, rows in self.shards(wanted):
-            yield rows, self.confirm(stage, attack, shard, rows, found[rows]), found[rows]
+        found = self._found(stage, parts, requests)
+        return self.confirm(stage, attack, rows, found), found
 
-    def autoattack(self, stage: str, attack: str, wanted: Flags) -> Iterator[tuple[Rows, Flags, Floats]]:
+    def _found(self, stage: str, parts: Sequence[Rows], requests: Iterable[Request]) -> Floats:
+        """The perturbed images that the answers hold, one after the other."""
+        found = []
+        # Not a comprehension: after an error its frame would hold the questions open.
+        for part, (_, reply) in zip(parts, asked(self.session, requests), strict=True):
+            self.costs[stage].add(reply)
+            found.append(self.perturbed(reply, part))
+        return np.concatenate([*found, self.images[:0]])
+
+    def autoattack(self, stage: str, attack: str, wanted: Flags) -> tuple[Rows, Flags, Floats]:
         """One of the reference engine's attacks on the rows that are wanted.
 
         The reference code draws by batch, so it is given the track's full batches, less what is not wanted.
 
-        Yields:
-            Rows of one shard, which of them are broken, and their perturbed images.
+        Returns:
+            The rows, which of them are broken, and their perturbed images.
         """
         found = self.images.copy()
         for begin in range(0, len(self.labels), self.track.batch_size):
@@ -264,8 +279,8 @@ class Examiner:
             rows = batch[wanted[batch]]
             if len(rows):
                 found[rows] = self._reference_batch(stage, attack, rows)
-        for shard, rows in self.shards(wanted):
-            yield rows, self.confirm(stage, attack, shard, rows, found[rows]), found[rows]
+        every = np.flatnonzero(wanted)
+        return every, self.confirm(stage, attack, every, found[every]), found[every]
 
     def _reference_batch(self, stage: str, attack: str, rows: Rows) -> Floats:
         settings = {
@@ -279,24 +294,29 @@ class Examiner:
         self.warnings += read_warnings(attack, reply.texts("warnings"))
         return self.perturbed(reply, rows)
 
-    def certify(self, stage: str, method: str, rows: Rows) -> Proofs:
-        """What a method proves of `rows`, at least one, whichever shards they are of."""
+    def certify(self, stage: str, methods: Sequence[str], rows: Rows) -> dict[str, Proofs]:
+        """What each method proves of `rows`, at least one, whichever shards they are of; moves the bar by them."""
         settings = {
             **self._threat_settings(),
-            "method": method,
             "classes": self.examples.classes,
             "iterations": self.track.bounds.alpha_iterations,
             "memory_bytes": self.track.bounds.memory_mebibytes << 20,
         }
-        parts = self._parts(rows, len(rows))
-        requests = (Request("certify", settings, self._rows(part)) for part in parts)
-        found = []
-        for part, reply in self._answers(stage, parts, requests):
-            found.append(self._proofs_of(reply, method, part))
+        parts = self._parts(rows, self.track.batch_size, least=_LEAST_BOUNDED)
+        asking = [(method, part) for method in methods for part in parts]
+        requests = (Request("certify", {**settings, "method": name}, self._rows(part)) for name, part in asking)
+        found: dict[str, list[Proofs]] = {method: [] for method in methods}
+        for (method, part), (_, reply) in zip(asking, asked(self.session, requests), strict=True):
+            self.costs[stage].add(reply)
+            self.progress.advance(len(part))
+            found[method].append(self._proofs_of(reply, method, part))
+        return {method: self._together(method, proofs) for method, proofs in found.items()}
+
+    def _together(self, method: str, parts: Sequence[Proofs]) -> Proofs:
         proofs = Proofs(
-            np.concatenate([part.certified for part in found]),
-            np.concatenate([part.margins for part in found]),
-            np.concatenate([part.excluded for part in found]),
+            np.concatenate([part.certified for part in parts]),
+            np.concatenate([part.margins for part in parts]),
+            np.concatenate([part.excluded for part in parts]),
         )
         self.bounding[method] = self.bounding.get(method, False) or bool(np.isfinite(proofs.margins).any())
         return proofs
@@ -319,7 +339,9 @@ class Examiner:
             Request("complete", settings, self._rows(one), budget.advance)
             for one, budget in zip(singles, budgets, strict=True)
         ]
-        for place, (one, reply) in enumerate(self._answers(stage, singles, requests)):
+        for place, (_, reply) in enumerate(asked(self.session, requests)):
+            one = singles[place]
+            self.costs[stage].add(reply)
             budgets[place].finish()
             proofs = self._proofs_of(reply, "complete", one)
             if reply.values.get("reason") is not None:
@@ -368,8 +390,14 @@ class Examiner:
         """The perturbed images of `rows` that a reply holds, (len(rows), C, H, W)."""
         return reply.array("adversarial", np.float32, self.images[rows].shape).astype(np.float32, copy=False)
 
-    def confirm(self, stage: str, attack: str, shard: Rows, rows: Rows, found: Floats) -> Flags:
-        """Which of the perturbed images of `rows` are misclassified, and again with only these in the shard.
+    def confirm(self, stage: str, attack: str, rows: Rows, found: Floats) -> Flags:
+        """Which of the perturbed images of `rows` are misclassified, and again with only these in their shard.
+
+        Args:
+            stage: where the cost is entered.
+            attack: whose images they are.
+            rows: in rising order, of whichever shards.
+            found: (len(rows), C, H, W).
 
         Raises:
             GateError: if one of them is not an allowed perturbation.
@@ -380,20 +408,25 @@ class Examiner:
                 f"Gate: {attack} left the {self.threat.norm} ball of radius {self.threat.text} on "
                 f"{self.names(rows[~inside])}; this is a bug of the attack, so nothing is published."
             )
-        everywhere = self._misclassified(stage, shard, rows, found)
+        everywhere = self._misclassified(stage, rows, found)
         broken = everywhere.copy()
-        broken[everywhere] = self._misclassified(stage, shard, rows[everywhere], found[everywhere])
+        broken[everywhere] = self._misclassified(stage, rows[everywhere], found[everywhere])
         return broken
 
-    def _misclassified(self, stage: str, shard: Rows, rows: Rows, found: Floats) -> Flags:
-        """Which of `rows` are misclassified in one pass over the shard, its other rows clean."""
-        if not len(rows):
-            return np.zeros(0, dtype=bool)
-        batch = self.images[shard].copy()
-        places = np.searchsorted(shard, rows)
-        batch[places] = found
-        wrong: Flags = self.predict(stage, batch)[places] != self.labels[rows]
+    def _misclassified(self, stage: str, rows: Rows, found: Floats) -> Flags:
+        """Which of `rows` are misclassified, each in one pass over its shard, whose other rows are clean."""
+        wrong = np.zeros(len(rows), dtype=bool)
+        shards = list(self.shards(flags(rows, len(self.labels))))
+        batches = (self._mixed(shard, part, found[np.searchsorted(rows, part)]) for shard, part in shards)
+        for (shard, part), predicted in zip(shards, self.predict_each(stage, batches), strict=True):
+            wrong[np.searchsorted(rows, part)] = predicted[np.searchsorted(shard, part)] != self.labels[part]
         return wrong
+
+    def _mixed(self, shard: Rows, rows: Rows, found: Floats) -> Floats:
+        """A shard's images, perturbed in some rows."""
+        batch: Floats = self.images[shard].copy()
+        batch[np.searchsorted(shard, rows)] = found
+        return batch
 
     def names(self, rows: Rows) -> str:
         """Examples by the beginning of their content hash, the first five spelled out."""
@@ -401,23 +434,20 @@ class Examiner:
         more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
         return f"example{'s' if len(rows) > 1 else ''} {', '.join(names)}{more}"
 
-    def _parts(self, rows: Rows, most: int) -> list[Rows]:
-        """Rows in parts of at most `most`, and so small that every job of the session has its share."""
-        shares = 1 if self.session.jobs == 1 else _SHARES * self.session.jobs
-        size = max(1, min(most, max(_LEAST_SHARE, math.ceil(len(rows) / shares))))
-        return [rows[first : first + size] for first in range(0, len(rows), size)]
+    def _parts(self, rows: Rows, most: int, *, least: int = _LEAST_SHARE) -> list[Rows]:
+        """Rows in equal parts of at most `most`, and as many as keep every job of the session at work."""
+        count, jobs = math.ceil(len(rows) / most), self.session.jobs
+        if jobs > 1:
+            enough = _SHARES * jobs if len(rows) >= _SHARES * jobs * _GOOD_SHARE else jobs
+            count = max(count, min(enough, math.ceil(len(rows) / least)))
+            count = math.ceil(count / jobs) * jobs if count > jobs else count
+        return np.array_split(rows, count) if count else []
 
     def _keys(self, rows: Rows) -> list[str]:
         return [self.examples.hashes[row] for row in rows]
 
     def _attack_request(self, operation: str, params: Mapping[str, Any], rows: Rows, **arrays: Array) -> Request:
         return Request(operation, params, {**self._rows(rows), **arrays}, self.progress.advance)
-
-    def _answers(self, stage: str, parts: Sequence[Rows], requests: Iterable[Request]) -> Iterator[tuple[Rows, Reply]]:
-        """Each part with its reply, in order; as many are asked at a time as the session has jobs."""
-        for part, reply in zip(parts, asked(self.session, requests), strict=True):
-            self.costs[stage].add(reply)
-            yield part, reply
 
     def _threat_settings(self) -> dict[str, Any]:
         return {"norm": self.threat.norm, "eps": str(self.threat.eps)}

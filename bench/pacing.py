@@ -174,9 +174,10 @@ class Sample:
         """What the first call costs more than later ones, each method's pace, and examples that are left open."""
         set_up, paces = 0.0, dict[str, Pace]()
         for method in self._examiner.bound_methods:
-            certify = partial(self._examiner.certify, _STAGE, method)
+            certify = partial(self._examiner.certify, _STAGE, [method])
             first, _ = clocked(partial(certify, rows[:1]))
-            paces[method], count, proofs = paced(certify, rows, _BOUNDED)
+            paces[method], count, found = paced(certify, rows, _BOUNDED)
+            proofs = found[method]
             set_up += max(0.0, first - paces[method].seconds(1))
             self._bounded.append((count - int(proofs.certified.sum()), count))
             self._excluded[rows[:count]] |= proofs.excluded

@@ -14,6 +14,14 @@ from robustboard.attacks import autoattack
 Rows = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
 
+
+def flags(rows: Sequence[np.int64] | Rows, count: int) -> Flags:
+    """Which of `count` examples are among `rows`."""
+    chosen = np.zeros(count, dtype=bool)
+    chosen[np.asarray(rows, dtype=np.int64)] = True
+    return chosen
+
+
 ATTACKS = ("pgd", *autoattack.STAGES)
 COMPLETE = "complete"
 
