@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -95,10 +96,16 @@ def certify(
         tell(int((~correct).sum()))
         chunk = judge.chunk(memory_bytes)
         return judge.judge(images, labels, correct, chunk, tell)
+    except _WrongBoundsError as error:
+        return replace(nothing_known(labels, classes, str(error)), wrong=True)
     except BoundsError as error:
         return nothing_known(labels, classes, str(error))
     except Exception as error:  # third-party code on third-party models: the run goes on without these bounds
         return nothing_known(labels, classes, _why(model, method, error))
+
+
+class _WrongBoundsError(BoundsError):
+    """A bound above a margin that the network has inside the ball."""
 
 
 class _Judge:
@@ -157,7 +164,7 @@ class _Judge:
                 tighter = self._margins(images[rest], labels[rest], lower[rest], upper[rest], self.method)
                 margins[rest] = torch.maximum(margins[rest], tighter)
         if bool((margins > seen + tolerance[:, None]).any()):
-            raise BoundsError(
+            raise _WrongBoundsError(
                 f"The {self.method} bounds contradict the network's own logits, so none of them is used; "
                 "auto_LiRPA bounds one of its operators wrongly."
             )

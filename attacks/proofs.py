@@ -42,6 +42,7 @@ class Bounds:
         tolerance: the least tolerance, relative to max(1, largest logit); see the module's text.
         reason: one sentence that says why nothing is known, or None.
         notes: sentences that say what the bounds leave out, such as the pixel box of an L2 ball.
+        wrong: whether a bound was contradicted by the network's own logits, which makes all of that method worthless.
     """
 
     margins: Tensor
@@ -50,6 +51,7 @@ class Bounds:
     tolerance: float
     reason: str | None
     notes: tuple[str, ...] = ()
+    wrong: bool = False
 
     def enter(self, rows: Tensor, margins: Tensor, tolerance: Tensor) -> None:
         """Enter what was found of some examples.

@@ -19,6 +19,7 @@ from robustboard.attacks import keyed
 from robustboard.attacks.kernels import ensembles
 from robustboard.bench.examiner import Examiner
 from robustboard.bench.verdicts import Contradiction, Flags, Rows, Verdicts, flags
+from robustboard.errors import GateError
 
 
 @dataclass
@@ -73,6 +74,11 @@ def _bound_the_broken(examiner: Examiner, verdicts: Verdicts, audit: Audit) -> N
     examiner.progress.begin("audit: bounds", len(methods) * len(sample))
     answers = examiner.certify("audit", methods, sample) if len(sample) else {}
     for method, proofs in answers.items():
+        if proofs.wrong and method in verdicts.certified_by:
+            raise GateError(
+                f"Gate: {method} bounds certified examples, and contradict the network's own logits on others; this is "
+                "a bug of the bounds, so nothing is published."
+            )
         bounded |= np.isfinite(proofs.margins).any(axis=1)
         for row in sample[proofs.certified]:
             audit.contradictions.append(Contradiction(int(row), method, verdicts.broken_by[row] or ""))

@@ -88,11 +88,18 @@ class Proofs:
         certified: (N,), which of them it proves.
         margins: lower bounds (N, K) on their margins.
         excluded: (N, K), the classes that it proves out of reach.
+        wrong: whether the network's own logits contradict one of the method's bounds.
     """
 
     certified: Flags
     margins: Floats
     excluded: Flags
+    wrong: bool = False
+
+    def void(self) -> Proofs:
+        """The same, with nothing proven."""
+        margins = np.where(np.isposinf(self.margins), self.margins, -np.inf).astype(np.float32)
+        return Proofs(np.zeros_like(self.certified), margins, np.zeros_like(self.excluded), self.wrong)
 
 
 class _Budget:
@@ -313,10 +320,14 @@ class Examiner:
         return {method: self._together(method, proofs) for method, proofs in found.items()}
 
     def _together(self, method: str, parts: Sequence[Proofs]) -> Proofs:
+        """One answer from those on parts; a method that was wrong in one part proves nothing in any."""
+        if any(part.wrong for part in parts):
+            parts = [part.void() for part in parts]
         proofs = Proofs(
             np.concatenate([part.certified for part in parts]),
             np.concatenate([part.margins for part in parts]),
             np.concatenate([part.excluded for part in parts]),
+            any(part.wrong for part in parts),
         )
         self.bounding[method] = self.bounding.get(method, False) or bool(np.isfinite(proofs.margins).any())
         return proofs
@@ -370,7 +381,7 @@ class Examiner:
         excluded = reply.array("excluded", np.bool_, square).astype(bool)
         if np.isnan(margins[certified]).any():
             raise WorkerError(f"The model's process returned {method} bounds that are no numbers; they are not used.")
-        return Proofs(certified, margins, excluded)
+        return Proofs(certified, margins, excluded, reply.values.get("wrong") is True)
 
     def measure(self, stage: str, name: str, rows: Rows) -> Reply:
         """A measurement of `robustboard.bench.measures` on `rows`, whichever shards they are of.

@@ -270,7 +270,7 @@ class Operations:
                 on_examples=self._on_forwards,
             )
         return Reply(
-            {"notes": [*([result.reason] if result.reason else []), *result.notes]},
+            {"notes": [*([result.reason] if result.reason else []), *result.notes], "wrong": result.wrong},
             {
                 "margins": result.margins.cpu().numpy(),
                 "certified": result.certified.cpu().numpy(),

@@ -447,6 +447,7 @@ def test_bounds_that_the_network_contradicts_are_not_used(monkeypatch: pytest.Mo
     bounds = bounded(model, images)
     assert bounds.reason is not None
     assert "contradict" in bounds.reason
+    assert bounds.wrong
     assert not bounds.certified.any()
 
 

@@ -290,6 +290,19 @@ def test_bounds_that_are_no_numbers_certify_nothing(monkeypatch):
         robustboard.score(QuadrantNet(), track=_track(), data=DATA)
 
 
+def test_a_method_that_is_wrong_of_one_example_proves_nothing_of_any(monkeypatch):
+    """Whatever part of the examples the wrong bound was found in, and however they are parted."""
+    _lying(monkeypatch, "certify", _told(wrong=True), after=1)
+    record = robustboard.score(QuadrantNet(), track=_track(batch_size=10), data=DATA)
+    assert not record.outcomes["certified"].any()
+
+
+def test_the_gate_fires_on_bounds_that_certified_before_they_were_seen_to_be_wrong(monkeypatch):
+    _lying(monkeypatch, "certify", _told(wrong=True), after=1)
+    with pytest.raises(GateError, match="ibp bounds certified examples, and contradict"):
+        robustboard.score(QuadrantNet(), track=_track(), data=DATA)
+
+
 def test_more_notes_than_a_record_holds_are_left_out(monkeypatch):
     monkeypatch.setattr(ensembles, "STAGES", {"standard": ()})
     _lying(monkeypatch, "certify", _told(notes=[f"Note {number}." for number in range(500)]))
