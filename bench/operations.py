@@ -25,7 +25,7 @@ from robustboard.attacks.counting import PassCounter
 from robustboard.attacks.gradient_checks import FiniteGradients
 from robustboard.attacks.kernels import ensembles
 from robustboard.attacks.kernels.batches import examples_at_a_time
-from robustboard.attacks.kernels.strided import quick_input_gradients
+from robustboard.attacks.kernels.quick_gradients import quick_input_gradients
 from robustboard.attacks.pgd import pgd
 from robustboard.attacks.proofs import out_of_memory
 from robustboard.attacks.threat import ThreatModel

@@ -24,7 +24,7 @@ from rich.console import Console
 from robustboard.attacks.counting import PassCounter
 from robustboard.attacks.kernels.batches import examples_at_a_time
 from robustboard.attacks.kernels.fast import fast
-from robustboard.attacks.kernels.strided import quick_input_gradients
+from robustboard.attacks.kernels.quick_gradients import quick_input_gradients
 from robustboard.bench import cascade
 from robustboard.bench.examiner import Examiner
 from robustboard.bench.progress import Bars, JobBar
