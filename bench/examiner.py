@@ -42,7 +42,7 @@ _CHECKED_IMAGES = 16
 
 # With several jobs, each has so many parts of a stage, so that one that is slow does not hold up the others; parts of
 # fewer examples than that are slower for each, and with fewer than the least a job had better stay idle.
-_SHARES, _GOOD_SHARE, _LEAST_SHARE = 2, 16, 8
+_SHARES, _GOOD_SHARE, _LEAST_SHARE = 2, 64, 8
 # A bound of one example takes as long as an attack on many.
 _LEAST_BOUNDED = 2
 
