@@ -28,7 +28,7 @@ _START_SECONDS = 300.0
 
 _LAST_WORDS = 4000
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     # Idle threads sleep: where they spin for work, a second job on the machine slows both many times over.
     "OMP_WAIT_POLICY": "PASSIVE",
     # What is freed stays with the process. Otherwise the GNU allocator hands the activations of every pass back to the
@@ -36,6 +36,7 @@ _ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
 }
+"""What a worker's process is given, where the user has set nothing else."""
 
 
 class Workers:
@@ -110,7 +111,7 @@ class WorkerProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=self._log,
                 start_new_session=True,
-                env={**_ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(threads)},
+                env={**ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": str(threads)},
             )
         self._socket = ours
         self._channel = Channel(ours)

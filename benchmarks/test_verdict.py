@@ -8,10 +8,10 @@ written to docs/performance.md.
 from __future__ import annotations
 
 import statistics
-import time
 
 import pytest
 import torch
+from autoattack_alone import keeping_memory, reference
 from cases import CASES, Case, handed_in
 
 from robustboard.attacks.counting import PassCounter
@@ -41,19 +41,6 @@ def ours(case: Case, session: Session | None = None) -> tuple[Verdicts, Examiner
     return verdicts, examiner
 
 
-def reference(case: Case, batch_size: int, n: int | None = None) -> tuple[float, float]:
-    """Seconds of AutoAttack and its robust accuracy, on the first n examples."""
-    from pyautoattack import AutoAttack
-
-    images, labels = case.examples.tensor()[:n], torch.from_numpy(case.examples.labels)[:n]
-    attack = AutoAttack(case.model, norm="Linf", eps=case.track.threat.radius, seed=0, device="cpu")
-    began = time.perf_counter()
-    adversarial, _ = attack.run_standard_evaluation(images, labels, batch_size=batch_size)
-    seconds = time.perf_counter() - began
-    with torch.no_grad():
-        return seconds, float((case.model(adversarial).argmax(dim=1) == labels).float().mean())
-
-
 @pytest.mark.benchmark(group="whole verdict")
 @pytest.mark.parametrize("name", CASES)
 def test_our_verdict_beside_autoattack(benchmark, name, tmp_path):
@@ -71,9 +58,8 @@ def test_our_verdict_beside_autoattack(benchmark, name, tmp_path):
 def compare(benchmark, name: str, case: Case, session: Session) -> None:
     """Time them by turns."""
     count = len(case.examples)
-    sizes = [size for size in BATCH_SIZES if size <= count]
-    probed = {size: reference(case, size, n=count // 5)[0] for size in sizes} if len(sizes) > 1 else {}
-    best = min(probed, key=probed.__getitem__) if probed else count
+    probed = {size: reference(case, size)[0] for size in BATCH_SIZES if size <= count}
+    best = min(probed, key=probed.__getitem__)
     times = []
 
     def alternate() -> None:
@@ -95,6 +81,7 @@ def compare(benchmark, name: str, case: Case, session: Session) -> None:
         "autoattack_seconds": round(seconds, 2),
         "ratio": round(seconds / benchmark.stats.stats.median, 2),
         "batch_size": best,
+        "autoattack_keeping_memory": round(keeping_memory(name, best, CORES), 2),
         "ours_forwards": sum(cost.forwards or 0 for cost in stages),
         "ours_backwards": sum(cost.backwards or 0 for cost in stages),
         "autoattack_forwards": forwards,
