@@ -13,6 +13,8 @@ import sys
 import pytest
 from cases import growing
 
+from robustboard.bench.process import ENVIRONMENT
+
 COUNTS = (200, 1000, 5000)
 
 JUDGE = """
@@ -41,7 +43,7 @@ def test_cost_grows_as_the_examples_do(benchmark, count):
 
     def judge() -> dict[str, float]:
         command = [sys.executable, "-c", JUDGE, str(count)]
-        done = subprocess.run(command, env={**os.environ, "PYTHONPATH": "benchmarks"}, capture_output=True, check=True)
+        done = subprocess.run(command, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": "benchmarks"}, capture_output=True, check=True)
         found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
         return found
 
