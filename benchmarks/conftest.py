@@ -22,7 +22,7 @@ allocator; `keeping memory` is what AutoAttack takes, once, in a process with th
 
 Made with {what}.
 
-| network | n | AutoAttack s | keeping memory | ours s | ratio | its passes | our passes | AutoAttack | ours | certified |
+| network | n | AutoAttack s | keeping memory | our s | ratio | passes | our passes | AutoAttack | ours | certified |
 |---|---|---|---|---|---|---|---|---|---|---|
 """
 FOOT = """

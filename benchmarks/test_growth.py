@@ -43,7 +43,8 @@ def test_cost_grows_as_the_examples_do(benchmark, count):
 
     def judge() -> dict[str, float]:
         command = [sys.executable, "-c", JUDGE, str(count)]
-        done = subprocess.run(command, env={**os.environ, **ENVIRONMENT, "PYTHONPATH": "benchmarks"}, capture_output=True, check=True)
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": "benchmarks"}
+        done = subprocess.run(command, env=environment, capture_output=True, check=True)
         found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
         return found
 
