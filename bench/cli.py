@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from robustboard.bench import cli_records
+from robustboard.bench import cli_records, cli_sync
 from robustboard.bench.cli_options import (
     AsJson,
     DataDir,
@@ -33,7 +33,7 @@ from robustboard.bench.cli_options import (
     print_json,
 )
 from robustboard.bench.cli_tables import print_board, print_estimate, print_record
-from robustboard.errors import FindingError, OutputError, RobustBoardError, TrackingError, first_line
+from robustboard.errors import FindingError, OutputError, RobustBoardError, first_line
 
 if TYPE_CHECKING:
     from robustboard.bench.claims.claim import PaperClaim
@@ -50,6 +50,7 @@ app = typer.Typer(
 )
 
 cli_records.register(app)
+cli_sync.register(app)
 
 _DEFAULT_RUNS = Path("runs")
 
@@ -181,7 +182,7 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Train or load one defense, judge it on a track, and write its record."""
-    from robustboard.bench import mlflow_store, tracking
+    from robustboard.bench import mlflow_store
     from robustboard.bench.progress import Bars
     from robustboard.bench.score import Request, score_defense
 
@@ -202,14 +203,15 @@ def score(
         data_dirs=tuple(data_dir or ()),
         download=download,
         load_seconds=load_seconds,
+        logged=not no_mlflow,
     )
     if estimate:
         _estimate(request, logged=not no_mlflow, as_json=as_json)
         return
+    console = Console(stderr=True)
     uri = None if no_mlflow else mlflow_store.store_uri(mlflow, runs)
     if uri is not None:
-        mlflow_store.check(uri)
-    console = Console(stderr=True)
+        cli_sync.check_store(uri, console)
     with Bars(console) as bars:
         scored = score_defense(request, bars.job(Path(defense).stem if defense.endswith(".toml") else defense))
     if as_json:
@@ -220,11 +222,7 @@ def score(
         typer.echo(f"\nRecord: {scored.folder}")
         typer.echo(f"Board:  robustboard leaderboard --records {runs} --out site")
     if uri is not None:
-        try:
-            tracking.log_record(scored.record, scored.folder, uri=uri, images=scored.images, training=scored.training)
-        except TrackingError as error:
-            raise TrackingError(f"{error} The record itself is safe in {scored.folder}.") from error
-        console.print(f"Logged to {mlflow_store.without_password(uri)}", markup=False, highlight=False)
+        cli_sync.log_owed(scored.folder, uri, console)
 
 
 def _estimate(request: Request, *, logged: bool, as_json: bool) -> None:

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from robustboard.bench import cli_sync
 from robustboard.bench.cli_options import (
     AsJson,
     DataDir,
@@ -27,7 +28,7 @@ from robustboard.bench.cli_options import (
     overrides,
     print_json,
 )
-from robustboard.errors import OutputError, RobustBoardError, TrackingError
+from robustboard.errors import OutputError, RobustBoardError
 
 if TYPE_CHECKING:
     from robustboard.bench.challenge import Challenged
@@ -163,12 +164,13 @@ def challenge(
     as_json: AsJson = False,
 ) -> None:
     """Check somebody else's adversarial examples against a record, and lower it when they hold."""
-    from robustboard.bench import mlflow_store, tracking
+    from robustboard.bench import owed
     from robustboard.bench.challenge import Request, run_challenge
     from robustboard.bench.progress import Bars
 
+    console = Console(stderr=True)
     if mlflow is not None:
-        mlflow_store.check(mlflow)
+        cli_sync.check_store(mlflow, console)
     request = Request(
         record=record,
         images=examples,
@@ -181,17 +183,15 @@ def challenge(
         download=download,
         load_seconds=load_seconds,
     )
-    with Bars(Console(stderr=True)) as bars:
+    with Bars(console) as bars:
         found = run_challenge(request, bars.job("challenge"))
     if as_json:
         print_json(_challenge_values(found))
     else:
         _print_challenge(found)
     if mlflow is not None and found.after and found.folder and found.images is not None:
-        try:
-            tracking.log_record(found.after, found.folder, uri=mlflow, images=found.images, training=())
-        except TrackingError as error:
-            raise TrackingError(f"{error} The record itself is safe in {found.folder}.") from error
+        owed.owe(found.after, found.folder, images=found.images, training=())
+        cli_sync.log_owed(found.folder, mlflow, console)
 
 
 def targets(

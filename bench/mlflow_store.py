@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from robustboard.errors import TrackingError
+from robustboard.bench.patience import Patient, is_away
+from robustboard.errors import StoreAwayError, TrackingError
 
 EXPERIMENT = "robustboard"
 ARTIFACTS = "mlflow-artifacts"
@@ -62,13 +63,24 @@ def store_uri(given: str | None, folder: Path) -> str:
 
 
 def without_password(uri: str) -> str:
-    """A store's URI as it may be shown.
+    """A store's URI as it may be shown: without what stands before the host or in the query.
 
     Examples:
-        >>> without_password("postgresql://keeper:secret@db.example.org/runs")
-        'postgresql://***@db.example.org/runs'
+        >>> without_password("postgresql://keeper:secret@db.example.org/runs?password=secret")
+        'postgresql://***@db.example.org/runs?***'
     """
-    return re.sub(r"//[^/@]*@", "//***@", uri)
+    for secret in _secrets(uri):
+        uri = uri.replace(secret, "***")
+    return uri
+
+
+def _secrets(uri: str) -> list[str]:
+    """The parts of a URI that may hold a password, which itself may hold any character."""
+    if uri.startswith(_SQLITE):
+        return []
+    address, _, query = uri.partition("?")
+    user = re.search("//(.+)@", uri if "@" in query else address)
+    return [part for part in (user and user[1], query) if part]
 
 
 def check(uri: str) -> None:
@@ -77,6 +89,7 @@ def check(uri: str) -> None:
     A local store that is not there yet is not made: what is refused later must leave nothing behind.
 
     Raises:
+        StoreAwayError: if a store that is not of this machine does not answer.
         TrackingError: if the store cannot be used.
     """
     _, database = _checked(uri)
@@ -99,8 +112,18 @@ def prepare(uri: str) -> None:
 
 
 @contextmanager
-def open_store(uri: str, *, make: bool) -> Iterator[Any]:
-    """An MLflow client of the store at `uri`; whatever goes wrong within is one TrackingError."""
+def open_store(uri: str, *, make: bool, patience: float = 0.0) -> Iterator[Any]:
+    """An MLflow client of the store at `uri`; whatever goes wrong within is one TrackingError.
+
+    Args:
+        uri: the store.
+        make: whether a local store that is not there is made.
+        patience: how many seconds the store may be away at a time.
+
+    Raises:
+        StoreAwayError: if it was away for longer.
+        TrackingError: if the store cannot be used, now or later.
+    """
     uri, database = _checked(uri)
     with _environment(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -114,13 +137,40 @@ def open_store(uri: str, *, make: bool) -> Iterator[Any]:
                     _make_database(database)
                 if database is not None:
                     _check_database(database)
-                yield MlflowClient(tracking_uri=uri)
+                if database is None and not uri.startswith("http"):
+                    Patient(_DatabaseServer(uri), patience).reach()
+                yield Patient(MlflowClient(tracking_uri=uri), patience)
             except TrackingError:
                 raise
             except Exception as error:
-                unanswered = re.search("Max retries exceeded|timed out", str(error)) and uri.startswith("http")
-                reason = "no server answers there" if unanswered else why(error)
-                raise TrackingError(f"The MLflow store {without_password(uri)} cannot be used: {reason}.") from error
+                kind = StoreAwayError if is_away(error) else TrackingError
+                reason = _reason(error, uri)
+                raise kind(f"The MLflow store {without_password(uri)} cannot be used: {reason}.") from error
+
+
+def _reason(error: Exception, uri: str) -> str:
+    said = str(error)
+    if answered := re.search(r"too many (\d+) error responses", said):
+        return f"the server answers with error {answered[1]}"
+    if re.search("Max retries exceeded|timed out", said) and uri.startswith("http"):
+        return "no server answers there"
+    reason = why(error)
+    for secret in _secrets(uri):
+        reason = reason.replace(secret, "***")
+    return reason
+
+
+class _DatabaseServer:
+    """A database that is reached without a server of MLflow's in between."""
+
+    def __init__(self, uri: str) -> None:
+        self._uri = uri
+
+    def reach(self) -> None:
+        """Connect once: MLflow itself would try a database that is away for minutes."""
+        from mlflow.store.db.utils import create_sqlalchemy_engine
+
+        create_sqlalchemy_engine(self._uri).connect().close()
 
 
 def _checked(uri: str) -> tuple[str, Path | None]:
@@ -182,10 +232,8 @@ def experiment_of(client: Any, uri: str) -> str:
 
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
-        _, database = _checked(uri)
-        location = None if database is None else _artifact_root(database)
         try:
-            return str(client.create_experiment(EXPERIMENT, artifact_location=location))
+            return str(client.create_experiment(EXPERIMENT, artifact_location=_artifact_location(uri)))
         except MlflowException:
             found = client.get_experiment_by_name(EXPERIMENT)
             if found is None:
@@ -198,17 +246,32 @@ def experiment_of(client: Any, uri: str) -> str:
     return str(found.experiment_id)
 
 
+def _artifact_location(uri: str) -> str | None:
+    """Where a new experiment's artifacts go; a server decides that itself."""
+    _, database = _checked(uri)
+    if database is not None:
+        return _artifact_root(database)
+    if uri.startswith("http") or uri == "databricks":
+        return None
+    raise TrackingError(
+        f"The database {without_password(uri)} has no experiment {EXPERIMENT}, and does not say where artifacts go; "
+        "use a server of MLflow's, or make the experiment with: mlflow experiments create --experiment-name "
+        f"{EXPERIMENT} --artifact-location URI."
+    )
+
+
 @contextmanager
 def new_run(client: Any, experiment: str, name: str, tags: Mapping[str, str]) -> Iterator[str]:
-    """A new run, finished with the block, or failed with it."""
+    """A new run of a patient client, finished with the block, or failed with it."""
     run = str(client.create_run(experiment, run_name=name, tags=dict(tags)).info.run_id)
     try:
         yield run
         client.set_terminated(run, "FINISHED")
-    except BaseException:
+    except BaseException as error:
         # The store itself may be what failed: a run that stays "running" is passed over as well.
-        with suppress(Exception):
-            client.set_terminated(run, "FAILED")
+        if not is_away(error):
+            with suppress(Exception):
+                client.once.set_terminated(run, "FAILED")
         raise
 
 

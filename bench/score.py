@@ -25,6 +25,7 @@ from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
 from torch import nn
 
+from robustboard.bench import owed
 from robustboard.bench.attack_seeds import SeedStudy, study_attack_seeds
 from robustboard.bench.cascade import Engine
 from robustboard.bench.corrupted import Pictures
@@ -71,6 +72,7 @@ class Request:
         data_dirs: folders to look for data in, before those of ROBUSTBOARD_DATA.
         download: whether to download data that is in none of them.
         load_seconds: how long a submitted model may take to load.
+        logged: whether the record is noted as owed to the MLflow store; see `owed`.
     """
 
     defense: str
@@ -89,6 +91,7 @@ class Request:
     data_dirs: tuple[Path, ...] = ()
     download: bool = False
     load_seconds: float = LOAD_SECONDS
+    logged: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,8 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
             )
             record = record.model_copy(update={"attack_spread": study.spread if study else None})
             record = save(record, found.outcomes, folder / "record")
+            if request.logged:
+                owed.owe(record, folder / "record", images=examples.floats(), training=watched.notes)
             journal.remove()
     return Scored(record, folder / "record", examples.floats(), tuple(watched.notes))
 
@@ -251,6 +256,7 @@ def _doubted(folder: Path, journal: Journal, processes: Sequence[WorkerProcess])
     except (GateError, ModelError) as error:
         journal.remove()
         if isinstance(error, GateError):
+            owed.forget(folder / "record")
             shutil.rmtree(folder / "record", ignore_errors=True)
         raise
     except WorkerError:
@@ -373,6 +379,7 @@ def _common_folder(request: Request, track: Track, folder: Path) -> Path:
 
 def _store(folder: Path, weights: bytes | None, found: Evaluation, study: SeedStudy | None, examples: Examples) -> None:
     """Write everything of a run but its record; an earlier one goes first, since it is not about these files."""
+    owed.forget(folder / "record")
     try:
         # Without this file the folder is no record, wherever its removal is interrupted.
         (folder / "record" / RECORD_FILE).unlink(missing_ok=True)

@@ -1,5 +1,10 @@
 """Results in an MLflow store: one parent run a scored defense, one child run a stage; and records back out of it.
 
+A record is logged once, whatever happened to earlier attempts: all runs of one logging carry a key, which the same
+record in the same folder always has. Where a finished parent has that key, nothing is left to do. Otherwise everything
+is logged anew, what earlier attempts left under the key is deleted, and the parent is finished last. Readers believe
+finished parents only.
+
 Evaluation and training run where MLflow is not installed: only this module and `mlflow_store` import it, when called.
 """
 
@@ -14,10 +19,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from robustboard.bench.examiner import Floats
 from robustboard.bench.mlflow_store import EXPERIMENT, experiment_of, new_run, open_store, why, without_password
+from robustboard.bench.patience import patience
 from robustboard.errors import TrackingError
 from robustboard.leaderboard.record import Record, load, sort_key
 
@@ -25,14 +30,31 @@ _RECORD = "record"
 _ROLE, _RUN = "robustboard.role", "robustboard.run"
 _TRACK, _TRACK_HASH = "robustboard.track", "robustboard.track_hash"
 _DEFENSE, _SEED = "robustboard.defense", "robustboard.seed"
+_KEY = "robustboard.key"
 _PAGE = 1000
 _LONGEST_KEY, _LONGEST_VALUE, _LONGEST_DIGEST = 250, 6000, 36
 
 
+class Shaped(Protocol):
+    """What is told of the images: an array has it, and so has what is remembered of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, C, H, W)."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Their size in memory."""
+        ...
+
+
 def log_record(
-    record: Record, folder: Path, *, uri: str, images: Floats, training: Sequence[Mapping[str, float]]
+    record: Record, folder: Path, *, uri: str, images: Shaped, training: Sequence[Mapping[str, float]]
 ) -> str:
-    """Log a published record; a run that this does not finish is marked as failed, and readers pass it over.
+    """Log a published record, unless it is logged; a run that this does not finish is passed over by readers.
+
+    A store that is away is waited for; see `patience`.
 
     Args:
         record: the record.
@@ -46,23 +68,39 @@ def log_record(
         The id of the parent run.
 
     Raises:
+        StoreAwayError: if the store was away for too long.
         TrackingError: if the store cannot be used.
     """
-    with open_store(uri, make=True) as client:
+    with open_store(uri, make=True, patience=patience()) as client:
         experiment = experiment_of(client, uri)
+        tags = _tags(record, folder)
+        earlier = list(_search(client, experiment, f"tags.`{_KEY}` = '{tags[_KEY]}'"))
+        for run in earlier:
+            if run.info.status == "FINISHED" and run.data.tags.get(_ROLE) == "score":
+                return str(run.info.run_id)
         name = f"{record.defense.name} on {record.track.id}"
-        with new_run(client, experiment, name, _tags(record, folder)) as run:
+        with new_run(client, experiment, name, tags) as run:
+            whole = {run}
             client.log_inputs(run, [_dataset(record, images)])
             client.log_batch(run, params=_params(record), metrics=_metrics(_numbers(record)), synchronous=True)
             for stage, cost in record.cost.items():
-                tags = {_ROLE: "stage", "robustboard.stage": stage, "mlflow.parentRunId": run}
-                with new_run(client, experiment, stage, tags) as child:
+                mark = {_ROLE: "stage", "robustboard.stage": stage, "mlflow.parentRunId": run, _KEY: tags[_KEY]}
+                with new_run(client, experiment, stage, mark) as child:
+                    whole.add(child)
                     counted = {key: value for key, value in cost.model_dump().items() if value is not None}
                     client.log_batch(child, metrics=_metrics(counted), synchronous=True)
                     if stage == "train":
                         client.log_batch(child, metrics=_epochs(training), synchronous=True)
             client.log_artifacts(run, str(folder), artifact_path=_RECORD)
+            _discard_others(client, experiment, tags[_KEY], whole)
         return run
+
+
+def _discard_others(client: Any, experiment: str, key: str, whole: set[str]) -> None:
+    """Delete what attempts that were cut short left behind, and runs that were made though their answer was lost."""
+    for run in list(_search(client, experiment, f"tags.`{_KEY}` = '{key}'")):
+        if run.info.run_id not in whole:
+            client.delete_run(run.info.run_id)
 
 
 def read_records(uri: str) -> list[Record]:
@@ -91,11 +129,18 @@ def read_records(uri: str) -> list[Record]:
 def _scored_runs(client: Any) -> Iterator[Any]:
     """Finished parent runs, newest first."""
     experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is not None:
+        wanted = f"tags.`{_ROLE}` = 'score' and attributes.status = 'FINISHED'"
+        yield from _search(client, experiment.experiment_id, wanted)
+
+
+def _search(client: Any, experiment: str, wanted: str) -> Iterator[Any]:
+    """Runs that are not deleted, newest first."""
     token = None
-    while experiment is not None:
+    while True:
         page = client.search_runs(
-            [experiment.experiment_id],
-            filter_string=f"tags.`{_ROLE}` = 'score' and attributes.status = 'FINISHED'",
+            [experiment],
+            filter_string=wanted,
             order_by=["attributes.start_time DESC"],
             max_results=_PAGE,
             page_token=token,
@@ -118,10 +163,12 @@ def _fetch(client: Any, run: str, scratch: Path) -> Record:
 
 
 def _tags(record: Record, folder: Path) -> dict[str, str]:
+    # Hashed, as a shared store has no business with the paths of a machine.
+    place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     return {
         _ROLE: "score",
-        # Hashed, as a shared store has no business with the paths of a machine.
-        _RUN: hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16],
+        _RUN: place,
+        _KEY: hashlib.sha256(f"{place}\n{record.to_json()}".encode()).hexdigest()[:32],
         _TRACK: record.track.id,
         _TRACK_HASH: record.track.hash,
         _DEFENSE: record.defense.name,
@@ -132,7 +179,7 @@ def _tags(record: Record, folder: Path) -> dict[str, str]:
     }
 
 
-def _dataset(record: Record, images: Floats) -> Any:
+def _dataset(record: Record, images: Shaped) -> Any:
     """The evaluated images, by our digest of all of them: MLflow's own looks at the first ten thousand numbers."""
     from mlflow.entities import Dataset, DatasetInput, InputTag
 

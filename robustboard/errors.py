@@ -53,6 +53,10 @@ class TrackingError(RobustBoardError):
     """The MLflow store cannot be used."""
 
 
+class StoreAwayError(TrackingError):
+    """The MLflow store does not answer now, and may later."""
+
+
 class OutputError(RobustBoardError):
     """A result cannot be written where it was asked for."""
 

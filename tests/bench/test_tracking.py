@@ -20,7 +20,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from robustboard.bench import mlflow_store, tracking
+from robustboard.bench import mlflow_store, patience, tracking
 from robustboard.errors import TrackingError
 from robustboard.leaderboard.record import OUTCOMES_FILE, RECORD_FILE, Record, load, load_all, make_record, save
 
@@ -217,6 +217,122 @@ def test_a_run_that_was_not_finished_is_failed_and_passed_over(publish, log, uri
     ]
     (read,) = tracking.read_records(uri)
     assert read.to_json() == first.to_json()
+
+
+METHODS = (
+    "get_experiment_by_name",
+    "search_runs",
+    "create_run",
+    "log_inputs",
+    "log_batch",
+    "log_artifacts",
+    "delete_run",
+    "set_terminated",
+)
+
+
+class Wire:
+    """What lies between us and the store; it can break at one call, before the store hears of it or after.
+
+    Attributes:
+        calls: how many calls were made.
+        breaks_at: the call that breaks, from 1; 0 is none.
+        heard: whether the store still does what that call asks for.
+        for_good: whether every later call breaks too, as if the process were gone.
+    """
+
+    def __init__(self, monkeypatch) -> None:
+        from mlflow import MlflowClient
+
+        self.calls, self.breaks_at, self.heard, self.for_good = 0, 0, False, False
+        for name in METHODS:
+            monkeypatch.setattr(MlflowClient, name, self._wrapped(getattr(MlflowClient, name)))
+
+    def reset(self, breaks_at: int = 0, *, heard: bool = False, for_good: bool = False) -> None:
+        self.calls, self.breaks_at, self.heard, self.for_good = 0, breaks_at, heard, for_good
+
+    def _wrapped(self, method):
+        def call(*args, **kwargs):
+            self.calls += 1
+            if self.for_good and self.calls > self.breaks_at:
+                raise Gone
+            if self.calls != self.breaks_at:
+                return method(*args, **kwargs)
+            if self.heard:
+                method(*args, **kwargs)
+            raise Gone if self.for_good else ConnectionResetError("the wire broke")
+
+        return call
+
+
+class Gone(BaseException):
+    """The process was killed."""
+
+
+@pytest.fixture
+def wire(monkeypatch):
+    """The wire to the store, with no pauses between attempts."""
+    monkeypatch.setattr(patience.Patient.__init__, "__kwdefaults__", {"sleep": lambda _: None, "clock": time.monotonic})
+    return Wire(monkeypatch)
+
+
+def _whole(client, key) -> dict[str, object]:
+    """What stands in the store under a key: one finished run with its children, and nothing unfinished beside it."""
+    experiment = client.get_experiment_by_name(mlflow_store.EXPERIMENT).experiment_id
+    runs = client.search_runs([experiment], filter_string=f"tags.`robustboard.key` = '{key}'")
+    (parent,) = [run for run in runs if run.data.tags["robustboard.role"] == "score"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert {run.data.tags.get("mlflow.parentRunId") for run in runs} == {None, parent.info.run_id}
+    return {
+        "params": parent.data.params,
+        "inputs": [item.dataset.digest for item in parent.inputs.dataset_inputs],
+        "files": sorted(item.path for item in client.list_artifacts(parent.info.run_id, "record")),
+        "runs": sorted(
+            (
+                run.info.run_name,
+                [
+                    (key, [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, key)])
+                    for key in sorted(run.data.metrics)
+                ],
+            )
+            for run in runs
+        ),
+    }
+
+
+@pytest.mark.parametrize("heard", [False, True], ids=["unheard", "unanswered"])
+@pytest.mark.parametrize("killed", [False, True], ids=["broken", "killed"])
+def test_wherever_logging_is_interrupted_it_ends_complete_and_single(
+    publish, log, uri, wire, killed, heard
+):
+    """Every call in turn: the wire breaks and the call is made again, or the process dies and a later one logs it."""
+    client = _client(uri)
+
+    def logged(where: str) -> dict[str, object]:
+        try:
+            run_id = log(*publish(where), EPOCHS)
+            assert not (killed and wire.breaks_at), "a killed process goes on"
+        except Gone:
+            wire.reset()
+            run_id = log(*publish(where), EPOCHS)
+        wire.reset()
+        return _whole(client, client.get_run(run_id).data.tags["robustboard.key"])
+
+    log(*publish("counted"), EPOCHS)
+    calls = wire.calls
+    assert calls > 10
+    expected = logged("whole")
+    for breaks_at in range(1, calls + 1):
+        wire.reset(breaks_at, heard=heard, for_good=killed)
+        assert logged(f"broken-{breaks_at}") == expected, f"interrupted at call {breaks_at}"
+
+
+def test_what_is_logged_is_not_logged_again(publish, log, uri):
+    record, folder = publish()
+    first = log(record, folder)
+    before = [run.info.run_id for run in _runs(uri)]
+    assert log(record, folder) == first
+    assert [run.info.run_id for run in _runs(uri)] == before
 
 
 def test_limits_of_the_store_do_not_lose_a_record(factories, publish, log, uri):
