@@ -152,7 +152,7 @@ def _reason(error: Exception, uri: str) -> str:
     said = str(error)
     if answered := re.search(r"too many (\d+) error responses", said):
         return f"the server answers with error {answered[1]}"
-    if re.search("Max retries exceeded|timed out", said) and uri.startswith("http"):
+    if is_away(error) and re.search("Max retries exceeded|timed out", said) and uri.startswith("http"):
         return "no server answers there"
     reason = why(error)
     for secret in _secrets(uri):

@@ -162,13 +162,21 @@ def _fetch(client: Any, run: str, scratch: Path) -> Record:
         raise TrackingError(f"The record of run {run} in the MLflow store cannot be read: {reason}.") from error
 
 
-def _tags(record: Record, folder: Path) -> dict[str, str]:
+def run_key(record: Record, folder: Path) -> str:
+    """What all runs of one logging carry: the same for the same record in the same folder, and for no other."""
+    return hashlib.sha256(f"{_place(folder)}\n{record.to_json()}".encode()).hexdigest()[:32]
+
+
+def _place(folder: Path) -> str:
     # Hashed, as a shared store has no business with the paths of a machine.
-    place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+
+
+def _tags(record: Record, folder: Path) -> dict[str, str]:
     return {
         _ROLE: "score",
-        _RUN: place,
-        _KEY: hashlib.sha256(f"{place}\n{record.to_json()}".encode()).hexdigest()[:32],
+        _RUN: _place(folder),
+        _KEY: run_key(record, folder),
         _TRACK: record.track.id,
         _TRACK_HASH: record.track.hash,
         _DEFENSE: record.defense.name,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -15,66 +14,20 @@ import time
 import urllib.request
 from contextlib import closing
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
+from mlflow_runs import whole
 
 from robustboard.bench import mlflow_store, patience, tracking
 from robustboard.errors import TrackingError
-from robustboard.leaderboard.record import OUTCOMES_FILE, RECORD_FILE, Record, load, load_all, make_record, save
+from robustboard.leaderboard.record import OUTCOMES_FILE, RECORD_FILE, Record, load, load_all
 
 IMAGES = np.zeros((60, 1, 8, 8), dtype=np.float32)
 EPOCHS = (
     {"epoch": 3.0, "loss": 0.5, "validation": 0.8},
     {"epoch": 4.0, "loss": 0.25, "validation": 0.9},
 )
-
-
-@pytest.fixture(scope="session")
-def factories() -> ModuleType:
-    """The makers of records that the leaderboard's tests have."""
-    path = Path(__file__).resolve().parents[1] / "leaderboard" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("leaderboard_factories", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory) -> Path:
-    """A folder with a fresh store: its migrations take seconds, a copy does not."""
-    folder = tmp_path_factory.mktemp("template")
-    mlflow_store.prepare(mlflow_store.local_uri(folder))
-    return folder
-
-
-@pytest.fixture
-def uri(template, tmp_path) -> str:
-    """A fresh store in tmp_path/runs."""
-    folder = tmp_path / "runs"
-    shutil.copytree(template, folder)
-    with closing(sqlite3.connect(folder / "mlflow.db")) as connection, connection:
-        connection.execute(
-            "UPDATE experiments SET artifact_location = replace(artifact_location, ?, ?)", (str(template), str(folder))
-        )
-    return mlflow_store.local_uri(folder)
-
-
-@pytest.fixture
-def publish(factories, tmp_path):
-    """Write a record into a run directory; returns the record and its folder."""
-
-    def make(where: str = "a", *, name: str = "pgd-at", rows: int = 0, **changes) -> tuple[Record, Path]:
-        outcomes = factories.table(seed=rows)
-        content = factories.content(outcomes, name=name, **changes)
-        content["track"]["content"].setdefault("images_sha256", "5a" * 32)
-        folder = tmp_path / "runs" / where / "record"
-        return save(make_record(content), outcomes, folder), folder
-
-    return make
 
 
 @pytest.fixture
@@ -276,35 +229,9 @@ def wire(monkeypatch):
     return Wire(monkeypatch)
 
 
-def _whole(client, key) -> dict[str, object]:
-    """What stands in the store under a key: one finished run with its children, and nothing unfinished beside it."""
-    experiment = client.get_experiment_by_name(mlflow_store.EXPERIMENT).experiment_id
-    runs = client.search_runs([experiment], filter_string=f"tags.`robustboard.key` = '{key}'")
-    (parent,) = [run for run in runs if run.data.tags["robustboard.role"] == "score"]
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    assert {run.data.tags.get("mlflow.parentRunId") for run in runs} == {None, parent.info.run_id}
-    return {
-        "params": parent.data.params,
-        "inputs": [item.dataset.digest for item in parent.inputs.dataset_inputs],
-        "files": sorted(item.path for item in client.list_artifacts(parent.info.run_id, "record")),
-        "runs": sorted(
-            (
-                run.info.run_name,
-                [
-                    (key, [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, key)])
-                    for key in sorted(run.data.metrics)
-                ],
-            )
-            for run in runs
-        ),
-    }
-
-
 @pytest.mark.parametrize("heard", [False, True], ids=["unheard", "unanswered"])
 @pytest.mark.parametrize("killed", [False, True], ids=["broken", "killed"])
-def test_wherever_logging_is_interrupted_it_ends_complete_and_single(
-    publish, log, uri, wire, killed, heard
-):
+def test_wherever_logging_is_interrupted_it_ends_complete_and_single(publish, log, uri, wire, killed, heard):
     """Every call in turn: the wire breaks and the call is made again, or the process dies and a later one logs it."""
     client = _client(uri)
 
@@ -316,7 +243,7 @@ def test_wherever_logging_is_interrupted_it_ends_complete_and_single(
             wire.reset()
             run_id = log(*publish(where), EPOCHS)
         wire.reset()
-        return _whole(client, client.get_run(run_id).data.tags["robustboard.key"])
+        return whole(client, uri, client.get_run(run_id).data.tags["robustboard.key"])
 
     log(*publish("counted"), EPOCHS)
     calls = wire.calls
