@@ -19,8 +19,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --no-deps auto_LiRPA==0.3
 	touch $@
 
-system:  ## what the tests need from Debian: a browser and Fashion-MNIST
-	@sh tests/install-debian-packages.sh chromium dataset-fashion-mnist
+system:  ## what the tests need from Debian: a browser, Fashion-MNIST and PostgreSQL
+	@sh tests/install-debian-packages.sh chromium dataset-fashion-mnist postgresql
 
 demo: env  ## train and score every defense on the embedded digits, and build site/
 	$(BIN)/robustboard demo --out site

@@ -2,9 +2,9 @@
 
 A run directory holds `checkpoints/` (what a killed training continues from), `journal.bin` (what a killed evaluation
 continues from, until its record is there), `model.safetensors` (a trained model's weights), `adversarial.npz` (the
-images that broke it), `seed-breaks.npz` (those that only another attack seed found) and `record/` (what can be
-published). The stored images are judged again from their file; the record is written after
-that, last and whole, so a run directory with a record is a finished run.
+images that broke it), `seed-breaks.npz` (those that only another attack seed found), `record/` (what can be
+published) and `record.owed.json` (until the MLflow store has the record). The stored images are judged again from their
+file; the record is written after that, last and whole, so a run directory with a record is a finished run.
 """
 
 from __future__ import annotations
