@@ -57,10 +57,12 @@ def check_store(uri: str, console: Console) -> None:
     """Refuse a store that cannot be used before a long run, but only warn of one that is away now.
 
     Raises:
-        TrackingError: if the store cannot be used.
+        TrackingError: if the store cannot be used, or the setting of how long it is waited for.
     """
     from robustboard.bench import mlflow_store
+    from robustboard.bench.patience import patience
 
+    patience()
     try:
         mlflow_store.check(uri)
     except StoreAwayError as error:

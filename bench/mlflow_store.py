@@ -27,6 +27,7 @@ ARTIFACTS = "mlflow-artifacts"
 """The folder of a local store's artifacts: copies of records, so that readers of a runs folder pass it over."""
 
 _SQLITE = "sqlite:///"
+_DATABASE_SERVER = re.compile(r"(postgresql|mysql|mssql)(\+\w+)?://")
 _LONGEST_REASON = 300
 
 _FORCED: Mapping[str, str | None] = {
@@ -69,18 +70,18 @@ def without_password(uri: str) -> str:
         >>> without_password("postgresql://keeper:secret@db.example.org/runs?password=secret")
         'postgresql://***@db.example.org/runs?***'
     """
-    for secret in _secrets(uri):
-        uri = uri.replace(secret, "***")
-    return uri
+    return _hidden(uri, uri)
 
 
-def _secrets(uri: str) -> list[str]:
-    """The parts of a URI that may hold a password, which itself may hold any character."""
+def _hidden(text: str, uri: str) -> str:
+    """A text without the parts of a URI that may hold a password, which itself may hold any character."""
     if uri.startswith(_SQLITE):
-        return []
-    address, _, query = uri.partition("?")
-    user = re.search("//(.+)@", uri if "@" in query else address)
-    return [part for part in (user and user[1], query) if part]
+        return text
+    if user := re.search("//.+@", uri):
+        text = text.replace(user[0], "//***@")
+        uri = uri.replace(user[0], "//***@")
+    _, mark, query = uri.partition("?")
+    return text.replace(mark + query, "?***") if query else text
 
 
 def check(uri: str) -> None:
@@ -137,7 +138,7 @@ def open_store(uri: str, *, make: bool, patience: float = 0.0) -> Iterator[Any]:
                     _make_database(database)
                 if database is not None:
                     _check_database(database)
-                if database is None and not uri.startswith("http"):
+                if _DATABASE_SERVER.match(uri):
                     Patient(_DatabaseServer(uri), patience).reach()
                 yield Patient(MlflowClient(tracking_uri=uri), patience)
             except TrackingError:
@@ -154,10 +155,7 @@ def _reason(error: Exception, uri: str) -> str:
         return f"the server answers with error {answered[1]}"
     if is_away(error) and re.search("Max retries exceeded|timed out", said) and uri.startswith("http"):
         return "no server answers there"
-    reason = why(error)
-    for secret in _secrets(uri):
-        reason = reason.replace(secret, "***")
-    return reason
+    return _hidden(why(error), uri)
 
 
 class _DatabaseServer:
@@ -186,7 +184,8 @@ def _checked(uri: str) -> tuple[str, Path | None]:
     elif re.match(r"(?!file:|sqlite)[a-z][a-z0-9+-]*://", uri) or uri == "databricks":
         return uri, None
     raise TrackingError(
-        f"{uri!r} is not the URI of an MLflow store; give sqlite:///path/to/mlflow.db, or http://host:port of a server."
+        f"{without_password(uri)!r} is not the URI of an MLflow store; give sqlite:///path/to/mlflow.db, or "
+        "http://host:port of a server."
     )
 
 
@@ -251,7 +250,7 @@ def _artifact_location(uri: str) -> str | None:
     _, database = _checked(uri)
     if database is not None:
         return _artifact_root(database)
-    if uri.startswith("http") or uri == "databricks":
+    if not _DATABASE_SERVER.match(uri):
         return None
     raise TrackingError(
         f"The database {without_password(uri)} has no experiment {EXPERIMENT}, and does not say where artifacts go; "

@@ -381,6 +381,20 @@ def test_a_password_is_not_shown():
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://a:b@host:5000/a", "http://***@host:5000/a"),
+        ("postgresql://keeper:p@ss/w?rd@host/runs", "postgresql://***@host/runs"),
+        ("mssql+pyodbc:///?odbc_connect=PWD%3Dsecret", "mssql+pyodbc:///?***"),
+        ("sqlite:////runs/digits-linf@1/mlflow.db", "sqlite:////runs/digits-linf@1/mlflow.db"),
+        ("https://host/path", "https://host/path"),
+    ],
+)
+def test_what_may_be_a_password_is_hidden_and_nothing_else(uri, shown):
+    assert mlflow_store.without_password(uri) == shown
+
+
 def test_two_first_users_get_one_experiment(uri, monkeypatch):
     """Both look, neither finds it, both make it: the second takes the first one's."""
     from mlflow import MlflowClient
