@@ -46,6 +46,14 @@ AWAY = {
     "starting database": _database("FATAL:  the database system is starting up"),
     "no database": _database('connection to server at "10.0.0.1", port 5432 failed: Connection refused'),
     "bare": ConnectionResetError("reset by peer"),
+    "a data set that another run makes at this moment": MlflowException(
+        '(psycopg2.errors.UniqueViolation) duplicate key value violates unique constraint "dataset_pk"',
+        error_code=codes.BAD_REQUEST,
+    ),
+    "the same in a local store": MlflowException(
+        "(sqlite3.IntegrityError) UNIQUE constraint failed: datasets.experiment_id, datasets.name, datasets.digest",
+        error_code=codes.BAD_REQUEST,
+    ),
 }
 REFUSED = {
     "credentials": MlflowException("401", error_code=codes.UNAUTHENTICATED),
@@ -57,6 +65,9 @@ REFUSED = {
     "certificate": _wrapped(requests.exceptions.SSLError(ssl.SSLCertVerificationError("certificate verify failed"))),
     "password": _database('FATAL:  password authentication failed for user "keeper"'),
     "database": _database('FATAL:  database "rusn" does not exist'),
+    "another duplicate": MlflowException(
+        "(sqlite3.IntegrityError) UNIQUE constraint failed: params.key", error_code=codes.BAD_REQUEST
+    ),
     "full disk": OSError(28, "No space left on device"),
     "a bug": ValueError("odd"),
 }
