@@ -15,8 +15,9 @@ import pandas as pd
 
 from robustboard.bench.examiner import Examiner, Floats
 from robustboard.bench.perturbed_file import Perturbed, read_perturbed, write_perturbed
-from robustboard.bench.process import LOAD_SECONDS, WorkerProcess
+from robustboard.bench.process import WorkerProcess
 from robustboard.bench.recall import Located, Recalled, bring_back, last, locate, recall_entrant, recall_examples
+from robustboard.bench.remote import LOAD_SECONDS
 from robustboard.bench.verdicts import Flags
 from robustboard.defenses.adapter import NoProgress, Progress
 from robustboard.errors import ChallengeError, GateError, ModelError, OutputError, RecordError

@@ -24,7 +24,9 @@ from robustboard.bench.cli_options import (
     Defense,
     Device,
     Download,
+    Jobs,
     LoadSeconds,
+    Ray,
     Seed,
     Settings,
     Threads,
@@ -38,7 +40,7 @@ from robustboard.errors import FindingError, OutputError, RobustBoardError, firs
 if TYPE_CHECKING:
     from robustboard.bench.claims.claim import PaperClaim
     from robustboard.bench.claims.store import Result
-    from robustboard.bench.score import Request
+    from robustboard.bench.request import Request
 
 app = typer.Typer(
     name="robustboard",
@@ -148,9 +150,8 @@ def score(
     settings: Settings = None,
     device: Device = "cpu",
     threads: Threads = None,
-    jobs: Annotated[
-        int, typer.Option(min=1, max=256, help="Processes that judge the model side by side; they change no verdict.")
-    ] = 1,
+    jobs: Jobs = None,
+    ray: Ray = None,
     attack_engine: Annotated[
         Literal["cascade", "reference", "fast"],
         typer.Option(
@@ -184,7 +185,8 @@ def score(
     """Train or load one defense, judge it on a track, and write its record."""
     from robustboard.bench import mlflow_store
     from robustboard.bench.progress import Bars
-    from robustboard.bench.score import Request, score_defense
+    from robustboard.bench.request import Request
+    from robustboard.bench.score import score_defense
 
     request = Request(
         defense=defense,
@@ -195,6 +197,7 @@ def score(
         device=device,
         threads=threads,
         jobs=jobs,
+        ray=ray,
         engine=attack_engine,
         complete=complete,
         attack_seeds=attack_seeds,

@@ -18,7 +18,24 @@ DataDir = Annotated[
 Defense = Annotated[str, typer.Argument(help="A name from `robustboard defenses`, or the path of a defense.toml.")]
 Device = Annotated[str, typer.Option(help="A torch device, such as cpu or cuda.")]
 Download = Annotated[bool, typer.Option("--download", help="Download data that is not found.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=256,
+        help="Processes that judge the model side by side; they change no verdict [default: 1, or as many as a Ray "
+        "cluster has room for].",
+    ),
+]
 LoadSeconds = Annotated[float, typer.Option(min=1, help="How long a submitted model may take to load.")]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Judge the model on a Ray cluster: HOST:PORT of its head, or auto for one of this machine alone.",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="The training seed.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="A hyper-parameter; may be repeated.")]
 Threads = Annotated[

@@ -231,7 +231,7 @@ def seeds(
     import dataclasses
 
     from robustboard.bench.progress import Bars
-    from robustboard.bench.score import Request
+    from robustboard.bench.request import Request
     from robustboard.bench.training_seeds import run_training_seeds
 
     request = Request(

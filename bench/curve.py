@@ -33,8 +33,9 @@ from robustboard.bench.datasets import data_folders, load_dataset
 from robustboard.bench.entrants import find_entrant
 from robustboard.bench.environment import threads_for
 from robustboard.bench.examiner import Examiner, Floats
-from robustboard.bench.process import LOAD_SECONDS, WorkerProcess
+from robustboard.bench.process import WorkerProcess
 from robustboard.bench.protocol import Examples, Track, load_track, resolve, select
+from robustboard.bench.remote import LOAD_SECONDS
 from robustboard.bench.session import Session
 from robustboard.bench.verdicts import Flags, Verdicts
 from robustboard.defenses.adapter import NoProgress, Progress

@@ -11,10 +11,11 @@ from robustboard.bench import mlflow_store, tracking
 from robustboard.bench.datasets import load_dataset
 from robustboard.bench.entrants import why_unsuited
 from robustboard.bench.environment import cores
-from robustboard.bench.process import Workers
 from robustboard.bench.progress import Bars
 from robustboard.bench.protocol import load_track
-from robustboard.bench.score import Request, Scored, score_defense
+from robustboard.bench.remote import Workers
+from robustboard.bench.request import Request
+from robustboard.bench.score import Scored, score_defense
 from robustboard.defenses import registry
 from robustboard.leaderboard.record import Record
 from robustboard.leaderboard.site import build_site, check_target

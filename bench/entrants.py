@@ -21,8 +21,8 @@ from safetensors.numpy import save as to_safetensors
 
 from robustboard.bench.datasets import Dataset
 from robustboard.bench.examiner import StageCost
-from robustboard.bench.process import WorkerProcess
 from robustboard.bench.protocol import Track, training_data
+from robustboard.bench.remote import Worker
 from robustboard.defenses import registry
 from robustboard.defenses.adapter import Defense, DefenseCard, Progress, Split, TrainingData
 from robustboard.defenses.submission import Submission, read_manifest
@@ -70,7 +70,7 @@ class Entrant(ABC):
         """What the classifier's answers depend on beside its weights, as plain values."""
 
     @abstractmethod
-    def enter(self, worker: WorkerProcess, folder: Path, progress: Progress) -> Brought:
+    def enter(self, worker: Worker, folder: Path, progress: Progress) -> Brought:
         """Bring the classifier into the worker; `folder` is the run directory."""
 
 
@@ -137,7 +137,7 @@ class TrainedEntrant(Entrant):
         other._adapter = registry.create(self._adapter.card.name, {**self._adapter.overrides, **changed})
         return other
 
-    def enter(self, worker: WorkerProcess, folder: Path, progress: Progress) -> Brought:
+    def enter(self, worker: Worker, folder: Path, progress: Progress) -> Brought:
         """Train in the worker; a training that was killed continues from the run directory's checkpoints."""
         threat = self._track.threat
         request = {
@@ -183,7 +183,7 @@ class SubmittedEntrant(Entrant):
         content = self._submission.manifest.read_bytes()
         return {"code": self.code_sha256, "manifest": hashlib.sha256(content).hexdigest()}
 
-    def enter(self, worker: WorkerProcess, folder: Path, progress: Progress) -> Brought:
+    def enter(self, worker: Worker, folder: Path, progress: Progress) -> Brought:
         """Build the network and read its weights in the worker.
 
         Raises:

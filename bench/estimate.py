@@ -24,7 +24,7 @@ from robustboard.bench.forecast import Plan, forecast, grown
 from robustboard.bench.pacing import Sample, clocked
 from robustboard.bench.process import WorkerProcess
 from robustboard.bench.protocol import training_data
-from robustboard.bench.score import Prepared, Request, prepare
+from robustboard.bench.request import Prepared, Request, prepare
 from robustboard.bench.stopwatch import EnoughError, Laps
 from robustboard.bench.surrogates import RECIPES, surrogates_of
 from robustboard.defenses.adapter import NoProgress, Progress
@@ -247,7 +247,7 @@ class _Run:
             attack_seeds=request.attack_seeds,
             ensemble=track.attacks.ensemble,
             # AutoAttack's own code draws by batch, so its batches go one by one.
-            jobs=min(request.jobs, cores()) if made.engine != "reference" else 1,
+            jobs=min(request.jobs or 1, cores()) if made.engine != "reference" else 1,
         )
         least, likeliest, most = (
             forecast(plan, measured, shares) for shares in sampled.shares(stands_in=self.stands_in)

@@ -42,7 +42,7 @@ _CHECKED_IMAGES = 16
 
 # With several jobs, each has so many parts of a stage, so that one that is slow does not hold up the others; parts of
 # fewer examples than that are slower for each, and with fewer than the least a job had better stay idle.
-_SHARES, _GOOD_SHARE, _LEAST_SHARE = 2, 64, 8
+_SHARES, _GOOD_SHARE, LEAST_SHARE = 2, 64, 8
 # A bound of one example takes as long as an attack on many.
 _LEAST_BOUNDED = 2
 
@@ -445,7 +445,7 @@ class Examiner:
         more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
         return f"example{'s' if len(rows) > 1 else ''} {', '.join(names)}{more}"
 
-    def _parts(self, rows: Rows, most: int, *, least: int = _LEAST_SHARE) -> list[Rows]:
+    def _parts(self, rows: Rows, most: int, *, least: int = LEAST_SHARE) -> list[Rows]:
         """Rows in equal parts of at most `most`, and as many as keep every job of the session at work."""
         count, jobs = math.ceil(len(rows) / most), self.session.jobs
         if jobs > 1:

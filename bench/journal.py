@@ -27,7 +27,7 @@ from typing import Any, Self
 
 from robustboard.bench.channel import Array, decoded, encoded
 from robustboard.bench.operations import Reply
-from robustboard.bench.session import Session
+from robustboard.bench.session import LEARNT, Session
 from robustboard.errors import OutputError, WorkerError
 
 FILE = "journal.bin"
@@ -37,8 +37,6 @@ _HEAD = struct.Struct("<4s32s")
 _MAGIC = b"RBj1"
 _SEGMENT = struct.Struct("<Q32s")
 _LARGEST = 16 << 30
-# What a process learns by an operation it has to learn again, so it is always asked.
-_ALWAYS_ASKED = ("check",)
 
 
 class Journal:
@@ -200,7 +198,7 @@ class Journaled:
         on_forwards: Callable[[int], None] | None = None,
     ) -> Reply:
         """Recall the answer, or ask for it and keep it."""
-        if operation in _ALWAYS_ASKED:
+        if operation in LEARNT:
             return self._inner.call(operation, params, arrays, on_forwards=on_forwards)
         question = hashlib.sha256(encoded({"operation": operation, "params": dict(params)}, arrays)).digest()
         known = self._journal.recall(question)

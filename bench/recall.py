@@ -20,8 +20,8 @@ from safetensors.numpy import load as from_safetensors
 
 from robustboard.bench.datasets import ARRAYS, Dataset, data_folders, load_dataset
 from robustboard.bench.entrants import Brought, Entrant, SubmittedEntrant, find_entrant
-from robustboard.bench.process import WorkerProcess
 from robustboard.bench.protocol import Examples, Track, load_track, resolve, select, track_from
+from robustboard.bench.remote import Worker
 from robustboard.defenses.adapter import Progress
 from robustboard.errors import DefenseError, ModelError, RecordError, TrackError
 from robustboard.leaderboard.record import RECORD_FILE, Record, broke_most, load
@@ -171,7 +171,7 @@ def recall_entrant(record: Record, recalled: Recalled, *, manifest: Path | None 
     )
 
 
-def bring_back(worker: WorkerProcess, located: Located, entrant: Entrant, progress: Progress) -> Brought:
+def bring_back(worker: Worker, located: Located, entrant: Entrant, progress: Progress) -> Brought:
     """Bring the model that a record is about into the worker; its run directory is read and left as it is.
 
     Raises:

@@ -14,84 +14,40 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.numpy import load as from_safetensors
 from safetensors.numpy import save as to_safetensors
 from torch import nn
 
 from robustboard.bench import owed
 from robustboard.bench.attack_seeds import SeedStudy, study_attack_seeds
 from robustboard.bench.cascade import Engine
-from robustboard.bench.corrupted import Pictures
+from robustboard.bench.crew import Crew, crew
 from robustboard.bench.datasets import Dataset, data_folders, from_arrays, load_dataset
-from robustboard.bench.entrants import Brought, Entrant, find_entrant, require_known
-from robustboard.bench.environment import installed, source_sha256, threads_for
+from robustboard.bench.environment import installed, source_sha256
 from robustboard.bench.evaluate import Evaluation, evaluate
 from robustboard.bench.examiner import Floats
 from robustboard.bench.journal import FILE as JOURNAL
 from robustboard.bench.journal import Journal, Journaled, alone
 from robustboard.bench.official import corrupted_images
 from robustboard.bench.perturbed_file import write_perturbed
-from robustboard.bench.pool import Pool, started
-from robustboard.bench.process import LOAD_SECONDS, WorkerProcess, Workers
+from robustboard.bench.places import place
 from robustboard.bench.protocol import Examples, Track, load_track, resolve, select, training_data
+from robustboard.bench.remote import Workers
 from robustboard.bench.report import build_record
+from robustboard.bench.request import Prepared, Request, as_asked, prepare
 from robustboard.bench.rescore import rescore
 from robustboard.bench.session import LocalSession, Session
 from robustboard.bench.surrogates import Surrogate, Surrogates, surrogates_of
 from robustboard.defenses.adapter import NoProgress, Progress
-from robustboard.errors import DataError, GateError, ModelError, OutputError, WorkerError
+from robustboard.errors import DataError, GateError, LostWorkerError, ModelError, OutputError, WorkerError
 from robustboard.files import replace_file, require_writable
 from robustboard.leaderboard.record import RECORD_FILE, DefenseInfo, Record, save
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to score, and how.
-
-    Attributes:
-        defense: a name of the registry, or the path of a defense.toml.
-        track: an id, or the path of a TOML.
-        n: judge only the first n examples.
-        seed: the training seed.
-        overrides: hyper-parameters by name.
-        device: a torch device.
-        threads: of each of the model's processes; None shares out every core, or takes one where images are tiny.
-        jobs: how many processes judge the model side by side; no verdict depends on it.
-        engine: see `evaluate`; `"fast"` is the cascade on the track's fast mode, which is a track of its own.
-        complete: see `evaluate`.
-        attack_seeds: how many other seeds the attacks are run with on a subset; see `study_attack_seeds`.
-        runs: where run directories are made.
-        run_dir: this run's directory, in place of one under `runs`.
-        data_dirs: folders to look for data in, before those of ROBUSTBOARD_DATA.
-        download: whether to download data that is in none of them.
-        load_seconds: how long a submitted model may take to load.
-        logged: whether the record is noted as owed to the MLflow store; see `owed`.
-    """
-
-    defense: str
-    track: str | Path
-    n: int | None = None
-    seed: int = 0
-    overrides: Mapping[str, object] = field(default_factory=dict)
-    device: str = "cpu"
-    threads: int | None = None
-    jobs: int = 1
-    engine: Engine | Literal["fast"] = "cascade"
-    complete: int = 0
-    attack_seeds: int = 0
-    runs: Path = Path("runs")
-    run_dir: Path | None = None
-    data_dirs: tuple[Path, ...] = ()
-    download: bool = False
-    load_seconds: float = LOAD_SECONDS
-    logged: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,63 +67,6 @@ class Scored:
     training: tuple[Mapping[str, float], ...]
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A request with everything found that it names.
-
-    Attributes:
-        track: with the hash of its examples.
-        dataset: the track's.
-        examples: what is judged.
-        pictures: gives the corrupted images.
-        entrant: who is judged.
-        folder: the run directory.
-        surrogates: where the track's surrogates are kept.
-        threads: of each of the model's processes.
-        engine: what `evaluate` is asked for.
-    """
-
-    track: Track
-    dataset: Dataset
-    examples: Examples
-    pictures: Pictures
-    entrant: Entrant
-    folder: Path
-    surrogates: Path
-    threads: int
-    engine: Engine
-
-
-def prepare(request: Request) -> Prepared:
-    """Find all that a request names; nothing is written.
-
-    Raises:
-        RobustBoardError: one sentence, if something is missing or does not fit.
-    """
-    require_known(request.defense, request.overrides)
-    track = load_track(request.track)
-    track = track if request.n is None else track.limited(request.n)
-    track, engine = _as_asked(track, request.engine)
-    dataset = load_dataset(track.dataset, data_dirs=data_folders(request.data_dirs), download=request.download)
-    track, examples = resolve(track, dataset), select(track, dataset)
-    pictures = corrupted_images(track, examples, data_folders(request.data_dirs))
-    entrant = find_entrant(request.defense, request.overrides, track, dataset, seed=request.seed)
-    run = entrant.key if engine == "cascade" else f"{entrant.key}-{engine}"
-    run = f"{run}-complete-{request.complete}" if request.complete else run
-    folder = request.run_dir or request.runs / track.id / entrant.info.name / run
-    return Prepared(
-        track,
-        dataset,
-        examples,
-        pictures,
-        entrant,
-        folder,
-        _common_folder(request, track, folder),
-        request.threads or threads_for(examples.images[0].size, jobs=request.jobs),
-        engine,
-    )
-
-
 def score_defense(request: Request, progress: Progress | None = None, *, workers: Workers | None = None) -> Scored:
     """Score a built-in defense or a submission; its model lives in a process of its own.
 
@@ -184,44 +83,38 @@ def score_defense(request: Request, progress: Progress | None = None, *, workers
     made = prepare(request)
     track, examples, entrant, folder = made.track, made.examples, made.entrant, made.folder
     require_writable(folder, f"The run directory {folder}")
-    threads = made.threads
     watched.begin("the model's process", 1)
-    group = workers or Workers()
-
-    def start() -> WorkerProcess:
-        return WorkerProcess(device=request.device, threads=threads, load_seconds=request.load_seconds, workers=group)
-
-    with alone(folder), started(request.jobs, start) as processes:
-        brought = entrant.enter(processes[0], folder, watched)
-        for other in processes[1:]:
-            _follow(other, entrant, brought, folder)
-        device = processes[0].device
-        worker = Pool(processes) if request.jobs > 1 else processes[0]
-        with Journal(folder / JOURNAL, _identity(made, brought, device)) as journal:
-            with _doubted(folder, journal, processes):
-                found, study = _judged(Journaled(worker, journal), request, made, watched)
-                _store(folder, brought.weights, found, study, examples)
-                # A model that does not repeat itself cannot pass a second time; its record says so instead.
-                if found.diagnosis.status != "invalid":
-                    rescore(worker, track, examples, found.outcomes, folder / "adversarial.npz", progress=watched)
-            record = build_record(
-                found,
-                track=track,
-                info=entrant.info,
-                checkpoint_sha256=brought.checkpoint_sha256,
-                code_sha256=entrant.code_sha256,
-                parameters=brought.parameters,
-                training=brought.training,
-                hyper=entrant.hyper,
-                seeds=entrant.seeds,
-                device=device,
-                threads=threads,
-            )
-            record = record.model_copy(update={"attack_spread": study.spread if study else None})
-            record = save(record, found.outcomes, folder / "record")
-            if request.logged:
-                owed.owe(record, folder / "record", images=examples.floats(), training=watched.notes)
-            journal.remove()
+    with (
+        alone(folder),
+        place(request, threads=made.threads, examples=len(examples)) as ground,
+        crew(ground, entrant=entrant, folder=folder, progress=watched, workers=workers or Workers()) as team,
+        Journal(folder / JOURNAL, _identity(made, team)) as journal,
+    ):
+        team.losses.kept_in(journal)
+        with _doubted(folder, journal):
+            found, study = _judged(Journaled(team.session, journal), request, made, watched)
+            _store(folder, team.brought.weights, found, study, examples)
+            # A model that does not repeat itself cannot pass a second time; its record says so instead.
+            if found.diagnosis.status != "invalid":
+                rescore(team.session, track, examples, found.outcomes, folder / "adversarial.npz", progress=watched)
+        record = build_record(
+            replace(found, notes=[*found.notes, *team.losses.notes()]),
+            track=track,
+            info=entrant.info,
+            checkpoint_sha256=team.brought.checkpoint_sha256,
+            code_sha256=entrant.code_sha256,
+            parameters=team.brought.parameters,
+            training=team.brought.training,
+            hyper=entrant.hyper,
+            seeds=entrant.seeds,
+            device=team.device,
+            threads=made.threads,
+        )
+        record = record.model_copy(update={"attack_spread": study.spread if study else None})
+        record = save(record, found.outcomes, folder / "record")
+        if request.logged:
+            owed.owe(record, folder / "record", images=examples.floats(), training=watched.notes)
+        journal.remove()
     return Scored(record, folder / "record", examples.floats(), tuple(watched.notes))
 
 
@@ -246,7 +139,7 @@ def _judged(
 
 
 @contextlib.contextmanager
-def _doubted(folder: Path, journal: Journal, processes: Sequence[WorkerProcess]) -> Iterator[None]:
+def _doubted(folder: Path, journal: Journal) -> Iterator[None]:
     """Where an answer cannot be used, the next run must ask afresh; where only a process died, it must not.
 
     Where the gate fires, an earlier record of this very run is in doubt too, and must not be published either.
@@ -259,19 +152,20 @@ def _doubted(folder: Path, journal: Journal, processes: Sequence[WorkerProcess])
             owed.forget(folder / "record")
             shutil.rmtree(folder / "record", ignore_errors=True)
         raise
+    except LostWorkerError:
+        raise
     except WorkerError:
-        if not any(process.lost for process in processes):
-            journal.remove()
+        journal.remove()
         raise
 
 
-def _identity(made: Prepared, brought: Brought, device: str) -> dict[str, object]:
+def _identity(made: Prepared, team: Crew) -> dict[str, object]:
     """All that an answer of the model's process depends on beside the question."""
     return {
         "track": made.track.hash,
-        "weights": brought.checkpoint_sha256,
+        "weights": team.brought.checkpoint_sha256,
         "entrant": dict(made.entrant.identity),
-        "device": device,
+        "device": team.device,
         "threads": made.threads,
         "software": installed(),
         "source": source_sha256(),
@@ -315,7 +209,7 @@ def score(
     """
     loaded = track if isinstance(track, Track) else load_track(track)
     loaded = loaded if n is None else loaded.limited(n)
-    loaded, judged_by = _as_asked(loaded, engine)
+    loaded, judged_by = as_asked(loaded, engine)
     if data is None:
         dataset = load_dataset(loaded.dataset, data_dirs=data_folders(data_dirs))
     else:
@@ -348,17 +242,6 @@ def score(
     )
 
 
-def _follow(worker: WorkerProcess, entrant: Entrant, brought: Brought, folder: Path) -> None:
-    """Bring the model that is in the first process into another one."""
-    found = entrant.enter(worker, folder, NoProgress())
-    if brought.weights is not None and found.checkpoint_sha256 != brought.checkpoint_sha256:
-        worker.restore(from_safetensors(brought.weights))
-
-
-def _as_asked(track: Track, engine: Engine | Literal["fast"]) -> tuple[Track, Engine]:
-    return (track.hurried(), "cascade") if engine == "fast" else (track, engine)
-
-
 def _surrogates(track: Track, dataset: Dataset, *, folder: Path | None = None) -> Surrogates:
     """Trains the track's surrogates when it is called; none where there are no training images, or too few."""
 
@@ -370,11 +253,6 @@ def _surrogates(track: Track, dataset: Dataset, *, folder: Path | None = None) -
         return surrogates_of(data, track.threat, folder=folder)
 
     return trained
-
-
-def _common_folder(request: Request, track: Track, folder: Path) -> Path:
-    """Where surrogates are kept: beside all runs on a track, or inside a run directory that was asked for by name."""
-    return (folder if request.run_dir else request.runs / track.id) / "surrogates"
 
 
 def _store(folder: Path, weights: bytes | None, found: Evaluation, study: SeedStudy | None, examples: Examples) -> None:

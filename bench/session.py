@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
 
 from robustboard.bench.channel import Array
 from robustboard.bench.operations import Operations, Reply
+
+LEARNT: Final = ("check",)
+"""What changes how a process answers later, so that every process has to be asked, each time."""
 
 
 class Session(Protocol):

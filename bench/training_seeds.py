@@ -8,7 +8,8 @@ from dataclasses import replace
 from robustboard.bench.datasets import data_folders, load_dataset
 from robustboard.bench.entrants import TrainedEntrant, find_entrant
 from robustboard.bench.protocol import load_track, resolve
-from robustboard.bench.score import Request, score_defense
+from robustboard.bench.request import Request
+from robustboard.bench.score import score_defense
 from robustboard.defenses.adapter import Progress
 from robustboard.errors import DefenseError
 from robustboard.leaderboard.record import RECORD_FILE, Record, load

@@ -8,6 +8,7 @@ written to docs/performance.md.
 from __future__ import annotations
 
 import statistics
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from robustboard.attacks.counting import PassCounter
 from robustboard.bench.cascade import judge
 from robustboard.bench.environment import cores
 from robustboard.bench.examiner import Examiner
-from robustboard.bench.pool import Pool, started
+from robustboard.bench.pool import Pool
 from robustboard.bench.process import WorkerProcess
 from robustboard.bench.session import LocalSession, Session
 from robustboard.bench.verdicts import Verdicts
@@ -49,7 +50,8 @@ def test_our_verdict_beside_autoattack(benchmark, name, tmp_path):
         case = CASES[name]()
     except DataError as error:
         pytest.skip(str(error))
-    with started(CORES, WorkerProcess) as workers:
+    with ExitStack() as stack:
+        workers = [stack.enter_context(WorkerProcess()) for _ in range(CORES)]
         for worker in workers:
             worker.load(handed_in(case, tmp_path))
         compare(benchmark, name, case, Pool(workers))

@@ -90,6 +90,13 @@ class Submission(_Strict):
         """The folder of the manifest."""
         return self.manifest.parent
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """All that the model is built of, by its path within the folder: the manifest, the code and the weights."""
+        code = self.model.factory.partition(":")[0]
+        names = (self.manifest.name, code, *self.model.files, self.model.weights)
+        return {name: self.folder / name for name in names}
+
 
 def read_manifest(path: Path) -> Submission:
     """Read a defense.toml without running anything that it names.

@@ -37,6 +37,23 @@ class WorkerError(RobustBoardError):
     """The process that runs the model's code died, hung or talked nonsense."""
 
 
+class LostWorkerError(WorkerError):
+    """The model's process is gone, or was ended because it fell silent; another one can be asked in its place.
+
+    Attributes:
+        how: what became of it, in none of its own words, such as `ended by SIGKILL during attack`.
+        silent: whether it fell silent.
+    """
+
+    def __init__(self, sentence: str, *, how: str = "lost", silent: bool = False) -> None:
+        super().__init__(sentence)
+        self.how, self.silent = how, silent
+
+
+class ClusterError(RobustBoardError):
+    """A Ray cluster cannot be used: it is not there, is too small, or has other software."""
+
+
 class BoundsError(RobustBoardError):
     """Verified bounds cannot be computed here; the reason goes into the record."""
 

@@ -20,7 +20,8 @@ from torch import nn
 from robustboard.attacks.threat import ThreatModel
 from robustboard.bench.datasets import Dataset, data_folders, load_dataset
 from robustboard.bench.protocol import Track, load_track, select, training_data
-from robustboard.bench.score import Request, score_defense
+from robustboard.bench.request import Request
+from robustboard.bench.score import score_defense
 from robustboard.defenses import registry
 from robustboard.defenses.adapter import CheckpointStore, NoProgress, Progress, Split, TrainingData
 from robustboard.leaderboard.record import Record, load

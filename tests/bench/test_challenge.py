@@ -20,13 +20,13 @@ import pandas as pd
 import pytest
 
 from robustboard.bench import challenge as challenges
+from robustboard.bench import places, tracking
 from robustboard.bench import score as scoring
-from robustboard.bench import tracking
 from robustboard.bench.challenge import Request, lowered_table, run_challenge, write_targets
 from robustboard.bench.perturbed_file import read_perturbed, write_perturbed
 from robustboard.bench.process import WorkerProcess
 from robustboard.bench.recall import bring_back, locate, recall_entrant, recall_examples
-from robustboard.bench.score import Request as Score
+from robustboard.bench.request import Request as Score
 from robustboard.bench.score import score_defense
 from robustboard.errors import ChallengeError, DefenseError, GateError, ModelError, OutputError, RecordError, TrackError
 from robustboard.leaderboard.outcomes import check_outcomes
@@ -49,9 +49,11 @@ training = {train = 600, validation = 60}
 def worker() -> Iterator[WorkerProcess]:
     """One real process for all models of this file: starting it is most of what a challenge costs here."""
     with WorkerProcess() as shared, pytest.MonkeyPatch.context() as patch:
-        for module in (scoring, challenges):
-            patch.setattr(module, "WorkerProcess", lambda **_: nullcontext(shared))
+        patch.setattr(challenges, "WorkerProcess", lambda **_: nullcontext(shared))
+        patch.setattr(places, "WorkerProcess", lambda **_: shared)
+        patch.setattr(shared, "close", lambda: None)
         yield shared
+        patch.undo()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from robustboard.attacks.complete import verify
 from robustboard.attacks.kernels import ensembles
 from robustboard.attacks.pgd import ascend
 from robustboard.attacks.threat import ThreatModel
-from robustboard.bench.score import Request, score_defense
+from robustboard.bench.request import Request
+from robustboard.bench.score import score_defense
 from robustboard.errors import GateError
 from robustboard.leaderboard.record import load, save
 from robustboard.leaderboard.site import render_site

@@ -28,7 +28,8 @@ from robustboard.bench.evaluate import evaluate
 from robustboard.bench.process import WorkerProcess
 from robustboard.bench.protocol import load_track, resolve, select
 from robustboard.bench.recall import Located, bring_back, recall_entrant, recall_examples
-from robustboard.bench.score import Request, score_defense
+from robustboard.bench.request import Request
+from robustboard.bench.score import score_defense
 from robustboard.bench.session import LocalSession
 from robustboard.defenses.adapter import NoProgress
 from robustboard.errors import GateError, OutputError, TrackError

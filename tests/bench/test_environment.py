@@ -7,7 +7,8 @@ import sys
 import time
 
 from robustboard.bench import environment
-from robustboard.bench.score import Request, score_defense
+from robustboard.bench.request import Request
+from robustboard.bench.score import score_defense
 
 
 def test_a_model_of_larger_images_gets_every_core(monkeypatch):

@@ -16,7 +16,7 @@ from robustboard.bench import estimate as module
 from robustboard.bench.datasets import load_dataset
 from robustboard.bench.estimate import estimate
 from robustboard.bench.protocol import load_track, training_data
-from robustboard.bench.score import Request
+from robustboard.bench.request import Request
 from robustboard.bench.surrogates import RECIPES
 from robustboard.defenses import registry
 from robustboard.defenses.adapter import CheckpointStore, NoProgress

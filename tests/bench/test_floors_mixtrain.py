@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from robustboard.bench.score import Request, score_defense
+from robustboard.bench.request import Request
+from robustboard.bench.score import score_defense
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from robustboard.bench import journal as journals
 from robustboard.bench.cli import app
 from robustboard.bench.journal import Journal, Journaled, alone
 from robustboard.bench.operations import Reply
-from robustboard.errors import ModelError, OutputError, WorkerError
+from robustboard.errors import LostWorkerError, ModelError, OutputError
 from robustboard.leaderboard.record import load
 
 IDENTITY = {"weights": "a" * 64}
@@ -181,8 +181,10 @@ class Net(nn.Module):
         self.passes += 1
         with (FOLDER / "passes").open("a") as file:
             file.write(".")
-        if self.passes > {most} and not (FOLDER / "dead").exists():
-            (FOLDER / "dead").touch()
+        # It dies as often as a command is patient with it, and then lives.
+        deaths = len(list(FOLDER.glob("death-*")))
+        if self.passes > {most} and deaths < {deaths} or 0 < deaths < {deaths}:
+            (FOLDER / f"death-{{deaths}}").touch()
             os._exit(9)
         return self.sign * self.layer(x.flatten(1))
 
@@ -197,7 +199,7 @@ def other():
 @pytest.fixture
 def mortal(make_submission, quadrant_track, tmp_path):
     """A submission whose process dies in the middle of its first run, that run, and how to run the command again."""
-    manifest = make_submission(MORTAL.format(folder=str(tmp_path), most=800))
+    manifest = make_submission(MORTAL.format(folder=str(tmp_path), most=800, deaths=3))
 
     def run(name: str, *options: str):
         command = ["score", str(manifest), "--track", str(quadrant_track), "--no-mlflow", *options]
@@ -206,7 +208,9 @@ def mortal(make_submission, quadrant_track, tmp_path):
         return done, (tmp_path / "passes").stat().st_size
 
     first, _ = run("run")
-    assert isinstance(first.exception, WorkerError)
+    assert isinstance(first.exception, LostWorkerError)
+    assert "exit code 9" in str(first.exception)
+    assert "3 times in a row" in str(first.exception)
     assert (tmp_path / "run" / "journal.bin").stat().st_size > 1000
     return manifest, run
 
@@ -220,6 +224,8 @@ def test_a_run_goes_on_where_a_dead_process_left_it(mortal, tmp_path):
     assert not list(tmp_path.glob("*/journal.bin"))
     one, other = load(tmp_path / "run" / "record"), load(tmp_path / "quiet" / "record")
     pd.testing.assert_frame_equal(one.outcomes, other.outcomes)
+    assert [note for note in one.notes if "lost 3 times" in note]
+    assert not [note for note in other.notes if "lost" in note]
     assert {stage: cost.forwards for stage, cost in one.cost.items()} == {
         stage: cost.forwards for stage, cost in other.cost.items()
     }
@@ -236,7 +242,7 @@ def test_another_function_of_the_same_files_is_another_model(mortal, tmp_path):
 
 def test_an_answer_that_cannot_be_used_is_not_kept_for_the_next_run(make_submission, quadrant_track, tmp_path):
     """A model that answers NaN once, in the middle: the journal goes, so that the next run asks again."""
-    model = MORTAL.format(folder=str(tmp_path), most=60)
+    model = MORTAL.format(folder=str(tmp_path), most=60, deaths=1)
     # A verdict rests on a pass in inference mode.
     model = model.replace("if self.passes", "if torch.is_inference_mode_enabled() and self.passes")
     model = model.replace("os._exit(9)", "return x.new_full((len(x), 4), float('nan'))")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from typer.testing import CliRunner
 
 from robustboard.bench.cli import app
-from robustboard.bench.pool import Pool, started
+from robustboard.bench.pool import Pool
 from robustboard.bench.process import WorkerProcess
-from robustboard.errors import WorkerError
+from robustboard.bench.retrying import RETRIES
+from robustboard.errors import LostWorkerError, WorkerError
 from robustboard.leaderboard.record import load
 
 MORTAL = """
@@ -22,9 +25,10 @@ class Net(nn.Module):
         self.layer = nn.Linear(16, 4)
 
     def forward(self, x):
-        # Whoever takes the first gradient dies, and the others live.
-        if x.requires_grad and not Path({flag!r}).exists():
-            Path({flag!r}).touch()
+        # Whoever takes a gradient dies, as often as that is wanted.
+        deaths = len(list(Path({folder!r}).glob("death-*")))
+        if x.requires_grad and deaths < {deaths}:
+            (Path({folder!r}) / f"death-{{deaths}}").touch()
             os._exit(9)
         return self.layer(x.flatten(1))
 
@@ -55,17 +59,33 @@ def test_a_defense_that_is_trained_here_gets_the_same_record_from_two(tmp_path):
     assert one[1] == two[1]
 
 
-def test_a_process_that_dies_is_one_sentence(make_submission, quadrant_track, tmp_path):
-    model = MORTAL.format(flag=str(tmp_path / "flag"))
-    command = ["score", str(make_submission(model)), "--track", str(quadrant_track), "--jobs", "2", "--no-mlflow"]
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_model_that_ends_its_process_every_time_is_one_sentence(make_submission, quadrant_track, tmp_path, jobs):
+    model = MORTAL.format(folder=str(tmp_path), deaths=99)
+    command = ["score", str(make_submission(model)), "--track", str(quadrant_track), "--jobs", jobs, "--no-mlflow"]
     result = CliRunner().invoke(app, [*command, "--run-dir", str(tmp_path / "run")])
-    assert isinstance(result.exception, WorkerError)
-    assert "exit code 9" in str(result.exception)
+    assert isinstance(result.exception, LostWorkerError)
+    assert re.search(r"exit code 9 during check.*, 3 times in a row\.$", str(result.exception))
     assert not (tmp_path / "run" / "record").exists()
+    assert len(list(tmp_path.glob("death-*"))) == 1 + RETRIES
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_process_that_dies_is_replaced_and_the_record_says_so(make_submission, quadrant_track, tmp_path, jobs):
+    """Once in `check`, which the new process must learn anew, and the outcome is that of a quiet run."""
+    model = MORTAL.format(folder=str(tmp_path), deaths=1)
+    command = str(make_submission(model)), "--track", str(quadrant_track), "--jobs", jobs
+    lossy, _ = outcomes_of(tmp_path, "lossy", *command)
+    quiet, _ = outcomes_of(tmp_path, "quiet", *command)
+    assert lossy.equals(quiet)
+    (note,) = (note for note in load(tmp_path / "lossy" / "record").notes if "lost" in note)
+    assert "lost 1 time (ended with exit code 9 during check)" in note
+    assert not [note for note in load(tmp_path / "quiet" / "record").notes if "lost" in note]
 
 
 def test_all_end_with_the_session(make_submission):
-    with started(2, WorkerProcess) as workers:
+    with WorkerProcess() as first, WorkerProcess() as second:
+        workers = [first, second]
         for worker in workers:
             worker.load(make_submission(name=f"linear-{id(worker)}"))
         Pool(workers).close()

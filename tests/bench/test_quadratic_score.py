@@ -16,7 +16,8 @@ from robustboard.attacks import own_certificates
 from robustboard.attacks.keyed import content_hash
 from robustboard.attacks.quadratic import QuadraticNetwork
 from robustboard.bench.process import WorkerProcess
-from robustboard.bench.score import Request, score_defense
+from robustboard.bench.request import Request
+from robustboard.bench.score import score_defense
 from robustboard.bench.session import LocalSession
 from robustboard.errors import GateError
 from robustboard.leaderboard.record import load

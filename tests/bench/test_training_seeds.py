@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 
-from robustboard.bench import score as scoring
-from robustboard.bench import training_seeds
+from robustboard.bench import places, training_seeds
 from robustboard.bench.process import WorkerProcess
-from robustboard.bench.score import Request
+from robustboard.bench.request import Request
 from robustboard.bench.training_seeds import run_training_seeds
 from robustboard.errors import DefenseError
 from robustboard.leaderboard.record import load_all
@@ -36,8 +33,10 @@ def test_seeds_are_scored_once_and_read_afterwards(tmp_path, monkeypatch):
         overrides={"epochs": 2},
     )
     with WorkerProcess() as worker:
-        monkeypatch.setattr(scoring, "WorkerProcess", lambda **_: nullcontext(worker))
+        monkeypatch.setattr(places, "WorkerProcess", lambda **_: worker)
+        monkeypatch.setattr(worker, "close", lambda: None)
         spread = run_training_seeds(request, [1, 0])
+        monkeypatch.undo()
     records = sorted(load_all(tmp_path / "runs"), key=lambda record: record.seeds["training"])
     assert spread.seeds == (0, 1)
     assert spread.n == 12
