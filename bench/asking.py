@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from robustboard.bench.channel import Array
 from robustboard.bench.operations import Reply
 from robustboard.bench.session import Session
 from robustboard.defenses.adapter import Progress
+from robustboard.errors import ModelError
+
+T = TypeVar("T")
 
 # Questions for each job: enough that an answer that is late does not leave the others idle.
 _AHEAD = 4
@@ -64,11 +67,26 @@ def asked(session: Session, requests: Iterable[Request]) -> Iterator[tuple[Reque
     No more questions are taken than keep the session's jobs at work. Who stops early leaves the rest unasked. After an
     error, what is at work is waited for; after an interrupt, the session ends.
     """
+    return _each(session, requests, lambda request: (request, _ask(session, request)))
 
-    def ask(request: Request) -> tuple[Request, Reply]:
-        answer = session.call(request.operation, request.params, request.arrays, on_forwards=request.on_forwards)
-        return request, answer
 
+def attempted(session: Session, requests: Iterable[Request]) -> Iterator[Reply | ModelError]:
+    """As `asked`, but what the model does not bear is given in place of an answer, and the rest is asked as well."""
+
+    def attempt(request: Request) -> Reply | ModelError:
+        try:
+            return _ask(session, request)
+        except ModelError as error:
+            return error
+
+    return _each(session, requests, attempt)
+
+
+def _ask(session: Session, request: Request) -> Reply:
+    return session.call(request.operation, request.params, request.arrays, on_forwards=request.on_forwards)
+
+
+def _each(session: Session, requests: Iterable[Request], ask: Callable[[Request], T]) -> Iterator[T]:
     if session.jobs == 1:
         yield from map(ask, requests)
         return

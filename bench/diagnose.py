@@ -7,7 +7,8 @@ example it is a contradiction, and nothing is published. It changes no verdict: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -97,6 +98,7 @@ class _Run:
     rows: Rows = field(init=False)
     evidence: dict[str, Evidence | Finding] = field(default_factory=dict)
     contradictions: list[Contradiction] = field(default_factory=list)
+    _answers: Iterator[tuple[str, Reply | ModelError]] = field(default_factory=lambda: iter(()))
 
     def __post_init__(self) -> None:
         self.rows = chosen_rows(self.examiner, self.verdicts)
@@ -109,18 +111,35 @@ class _Run:
             reason = "The model answers at random, so this cannot be told from chance."
             for name in ("batch-dependence", "autograd-mode"):
                 self.evidence[name] = BY_NAME[name].not_run(reason)
-        for names, measurement in (
-            (("autograd-mode",), self._autograd_mode),
-            (("zero-gradients", "pixels-at-the-faces", "finite-differences", "saturated-softmax"), self._gradients),
-            (("loss-gap", "single-step"), self._losses),
-            (("black-box",), self._black_box),
-            (("transfer",), self._transfer),
-            (("unbounded",), self._unbounded),
-            (("more-work",), self._more_work),
-            (("binarization",), self._binarization),
-        ):
-            self._attempt(names, measurement)
-            self.examiner.progress.advance(len(names))
+        questions = self._questions()
+        with closing(self.examiner.measures(_STAGE, questions)) as found:
+            self._answers = zip((name for name, _ in questions), found, strict=True)
+            for names, measurement in (
+                (("autograd-mode",), self._autograd_mode),
+                (("zero-gradients", "pixels-at-the-faces", "finite-differences", "saturated-softmax"), self._gradients),
+                (("loss-gap", "single-step"), self._losses),
+                (("black-box",), self._black_box),
+                (("transfer",), self._transfer),
+                (("unbounded",), self._unbounded),
+                (("more-work",), self._more_work),
+                (("binarization",), self._binarization),
+            ):
+                self._attempt(names, measurement)
+                self.examiner.progress.advance(len(names))
+
+    def _questions(self) -> list[tuple[str, Rows]]:
+        """What is measured, in the order in which it is needed; all can be asked side by side."""
+        if not len(self.rows):
+            return []
+        named = [("gradients", self.rows), ("losses", self.rows), ("square", self.rows), ("unbounded", self.rows)]
+        if not self._random():
+            named.insert(0, ("autograd mode", self.rows))
+        if len(self._undecided()):
+            named.append(("more work", self._undecided()))
+        return [*named, ("binarization", self.rows)]
+
+    def _undecided(self) -> Rows:
+        return self.rows[self.verdicts.open[self.rows]]
 
     def _random(self) -> bool:
         return float(self.examiner.behaviour["repeat_change"]) > 0
@@ -138,12 +157,12 @@ class _Run:
 
     def _autograd_mode(self) -> None:
         if not self._random():
-            change = self._measure("autograd mode", self.rows).number("change", least=0)
+            change = self._measure("autograd mode").number("change", least=0)
             before = float(self.examiner.behaviour["autograd_change"])
             self.evidence["autograd-mode"] = {"n": len(self.rows), "change": max(change, before)}
 
     def _gradients(self) -> None:
-        found, n = self._measure("gradients", self.rows), len(self.rows)
+        found, n = self._measure("gradients"), len(self.rows)
         steepest, random = (_departures(found, name, n) for name in ("steepest", "random"))
 
         def share(name: str) -> int:
@@ -175,7 +194,7 @@ class _Run:
         }
 
     def _losses(self) -> None:
-        found, n = self._measure("losses", self.rows), len(self.rows)
+        found, n = self._measure("losses"), len(self.rows)
         # With few classes there is no difference-of-logits ratio.
         told = [name for name in ("ce", "margin", "dlr", RESCALED) if name in found.values or name in ("ce", "margin")]
         left = {name: found.count(name, n) for name in told}
@@ -218,11 +237,11 @@ class _Run:
         }
 
     def _unbounded(self) -> None:
-        left = self._measure("unbounded", self.rows).count("survived", len(self.rows))
+        left = self._measure("unbounded").count("survived", len(self.rows))
         self.evidence["unbounded"] = {"n": len(self.rows), "survived": left}
 
     def _more_work(self) -> None:
-        undecided = self.rows[self.verdicts.open[self.rows]]
+        undecided = self._undecided()
         broken = 0
         if len(undecided):
             found = self._images("more work", undecided)
@@ -230,7 +249,7 @@ class _Run:
         self.evidence["more-work"] = {"n": len(self.rows), "undecided": len(undecided), "broken": broken}
 
     def _binarization(self) -> None:
-        found, n = self._measure("binarization", self.rows), len(self.rows)
+        found, n = self._measure("binarization"), len(self.rows)
         tasks = found.count("built", n)
         self.evidence["binarization"] = (
             {"n": n, "tasks": tasks, "found": found.count("found", tasks), "random": found.count("random", tasks)}
@@ -240,11 +259,19 @@ class _Run:
             )
         )
 
-    def _measure(self, name: str, rows: Rows) -> Reply:
-        return self.examiner.measure(_STAGE, name, rows)
+    def _measure(self, name: str) -> Reply:
+        """The answer to a question; those before it that nobody needed are passed over.
+
+        Raises:
+            ModelError: if the model did not bear it.
+        """
+        found = next(answer for asked, answer in self._answers if asked == name)
+        if isinstance(found, ModelError):
+            raise found
+        return found
 
     def _images(self, name: str, rows: Rows) -> Floats:
-        return self.examiner.perturbed(self._measure(name, rows), rows)
+        return self.examiner.perturbed(self._measure(name), rows)
 
     def _keys(self, rows: Rows) -> list[str]:
         return [self.examiner.examples.hashes[row] for row in rows]

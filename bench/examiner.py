@@ -22,7 +22,7 @@ from robustboard.attacks import own_certificates
 from robustboard.attacks.complete import verify
 from robustboard.attacks.engine_warnings import EngineWarning, read_warnings
 from robustboard.attacks.kernels.apgd import TARGETS
-from robustboard.bench.asking import OneAtATime, Request, asked
+from robustboard.bench.asking import OneAtATime, Request, asked, attempted
 from robustboard.bench.channel import Array
 from robustboard.bench.operations import Reply
 from robustboard.bench.protocol import Examples, Track
@@ -383,19 +383,24 @@ class Examiner:
             raise WorkerError(f"The model's process returned {method} bounds that are no numbers; they are not used.")
         return Proofs(certified, margins, excluded, reply.values.get("wrong") is True)
 
-    def measure(self, stage: str, name: str, rows: Rows) -> Reply:
-        """A measurement of `robustboard.bench.measures` on `rows`, whichever shards they are of.
+    def measures(self, stage: str, questions: Sequence[tuple[str, Rows]]) -> Iterator[Reply | ModelError]:
+        """Measurements of `robustboard.bench.measures`, in order: by name, each on rows of whichever shards.
 
-        Raises:
-            ModelError: if the model does not bear it.
+        What the model does not bear is given in place of an answer.
         """
+        for found in attempted(self.session, [self._measurement(name, rows) for name, rows in questions]):
+            if isinstance(found, Reply):
+                self.costs[stage].add(found)
+            yield found
+
+    def _measurement(self, name: str, rows: Rows) -> Request:
         settings = {
             **self._threat_settings(),
             "measure": name,
             "classes": self.examples.classes,
-            "keys": [self.examples.hashes[row] for row in rows],
+            "keys": self._keys(rows),
         }
-        return self._call(stage, "measure", settings, self._rows(rows))
+        return Request("measure", settings, self._rows(rows))
 
     def perturbed(self, reply: Reply, rows: Rows) -> Floats:
         """The perturbed images of `rows` that a reply holds, (len(rows), C, H, W)."""

@@ -176,10 +176,10 @@ def test_without_correct_examples_nothing_is_measured(network, digits):
 def test_a_measurement_that_the_model_does_not_bear_is_a_finding(network, digits, monkeypatch):
     examiner, verdicts = _examined(network, digits)
 
-    def refuse(stage, name, rows):
-        raise ModelError(f"The model's logits are not finite numbers in {name}.")
+    def refuse(stage, questions):
+        yield from (ModelError(f"The model's logits are not finite numbers in {name}.") for name, _ in questions)
 
-    monkeypatch.setattr(examiner, "measure", refuse)
+    monkeypatch.setattr(examiner, "measures", refuse)
     diagnosis = diagnose(examiner, verdicts, None).diagnosis
     assert diagnosis.status == "suspicious"
     assert any("not finite numbers in unbounded" in reason for reason in diagnosis.reasons)
