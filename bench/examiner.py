@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -383,7 +383,7 @@ class Examiner:
             raise WorkerError(f"The model's process returned {method} bounds that are no numbers; they are not used.")
         return Proofs(certified, margins, excluded, reply.values.get("wrong") is True)
 
-    def measures(self, stage: str, questions: Sequence[tuple[str, Rows]]) -> Iterator[Reply | ModelError]:
+    def measures(self, stage: str, questions: Sequence[tuple[str, Rows]]) -> Generator[Reply | ModelError, None, None]:
         """Measurements of `robustboard.bench.measures`, in order: by name, each on rows of whichever shards.
 
         What the model does not bear is given in place of an answer.

@@ -1,7 +1,8 @@
-"""Several sessions with one and the same model, as one that carries out as many operations at a time."""
+"""Several sessions with one and the same model, as one session that carries out as many operations at a time."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from queue import Queue
 from typing import Any
@@ -9,10 +10,15 @@ from typing import Any
 from robustboard.bench.channel import Array
 from robustboard.bench.operations import Reply
 from robustboard.bench.session import LEARNT, Session
+from robustboard.errors import NoRoomError
+
+_NOBODY = "All workers of the cluster are lost, and there is no room for others; the same command goes on from here."
 
 
 class Pool:
     """A session with the model of several sessions; whoever is idle takes the next operation.
+
+    A member that has lost its worker for good leaves the pool, and the others do its work.
 
     Args:
         members: with the same model in each. They belong to the caller, `close` ends them all the same.
@@ -24,7 +30,10 @@ class Pool:
     def __init__(self, members: Sequence[Session]) -> None:
         self.jobs = len(members)
         self._members = tuple(members)
-        self._idle: Queue[Session] = Queue()
+        self._lock = threading.Lock()
+        self._serving = len(members)
+        # None is for those who wait in vain.
+        self._idle: Queue[Session | None] = Queue()
         for member in members:
             self._idle.put(member)
 
@@ -36,15 +45,51 @@ class Pool:
         *,
         on_forwards: Callable[[int], None] | None = None,
     ) -> Reply:
-        """Ask one that is idle, or wait for one; from several threads at a time."""
+        """Ask one that is idle, or wait for one; from several threads at a time.
+
+        Raises:
+            NoRoomError: if the last of them has lost its worker for good.
+        """
         if operation in LEARNT:
-            replies = [member.call(operation, params, arrays, on_forwards=on_forwards) for member in self._members]
-            return replies[0]
-        member = self._idle.get()
-        try:
-            return member.call(operation, params, arrays, on_forwards=on_forwards)
-        finally:
+            return self._everybody(lambda member: member.call(operation, params, arrays, on_forwards=on_forwards))
+        while True:
+            member = self._idle.get()
+            if member is None:
+                self._idle.put(None)
+                raise NoRoomError(_NOBODY)
+            try:
+                reply = member.call(operation, params, arrays, on_forwards=on_forwards)
+            except NoRoomError:
+                self._leave(member)
+                continue
+            except BaseException:
+                self._idle.put(member)
+                raise
             self._idle.put(member)
+            return reply
+
+    def _everybody(self, ask: Callable[[Session], Reply]) -> Reply:
+        """What every member has to learn; it is asked while nothing else is."""
+        replies = []
+        for member in [self._idle.get() for _ in range(self._serving)]:
+            if member is not None:
+                try:
+                    replies.append(ask(member))
+                except NoRoomError:
+                    self._leave(member)
+                else:
+                    self._idle.put(member)
+        if not replies:
+            raise NoRoomError(_NOBODY)
+        return replies[0]
+
+    def _leave(self, member: Session) -> None:
+        """Go on without a member; without the last, whoever waits waits in vain."""
+        member.close()
+        with self._lock:
+            self._serving -= 1
+            if not self._serving:
+                self._idle.put(None)
 
     def close(self) -> None:
         """End all of them; twice is harmless."""

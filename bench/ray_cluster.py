@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import math
 import os
 import secrets
@@ -12,18 +13,21 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from robustboard.bench.environment import cores
 from robustboard.bench.examiner import LEAST_SHARE
 from robustboard.bench.ray_host import software
-from robustboard.bench.remote import Worker, Workers
+from robustboard.bench.remote import START_SECONDS, Worker, Workers
 from robustboard.errors import ClusterError, first_line
 
 LOCAL: Final = "auto"
 """The address of a cluster that is started on this machine and ends with the run."""
+
+REPLACE_SECONDS: Final = 120.0
+"""Where a node is lost there may be no room for its worker any more."""
 
 _REACH_SECONDS = 5.0
 _MOST_JOBS = 64
@@ -72,6 +76,7 @@ class Cluster:
 
     demand: Demand
     jobs: int
+    _started: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
     def start(self, group: Workers) -> Worker:
         """Start a worker wherever there is room."""
@@ -79,7 +84,9 @@ class Cluster:
 
         demand = self.demand
         needs = Needs(demand.device, demand.threads, demand.gpus, demand.load_seconds, software())
-        return RayWorker(needs, workers=group)
+        # One that replaces another comes while the rest is at work, and they can do its work too.
+        replaces = next(self._started) >= self.jobs
+        return RayWorker(needs, workers=group, room_seconds=REPLACE_SECONDS if replaces else START_SECONDS)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -17,14 +18,40 @@ from robustboard.bench.channel import Array, decoded, encoded
 from robustboard.bench.environment import installed, source_sha256
 from robustboard.bench.process import WorkerProcess
 from robustboard.errors import LostWorkerError, RobustBoardError, SubmissionError
+from robustboard.files import replace_file
 
 LOST = "lost"
 """The kind of the message that says that the model's process is gone."""
+
+# No tensor of a state is named so.
+_CHECKPOINT = "checkpoint: "
 
 
 def software() -> dict[str, str]:
     """Everything installed here that an answer can depend on, by name, with its version."""
     return {**installed(), "the source of robustboard": source_sha256()}
+
+
+def packed_checkpoints(folder: Path) -> dict[str, Array]:
+    """The files of a training's checkpoints as arrays, to travel beside others."""
+    return {_CHECKPOINT + path.name: np.frombuffer(path.read_bytes(), np.uint8) for path in sorted(folder.glob("*.pt"))}
+
+
+def parted(arrays: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Arrays without the checkpoints that travel among them, and those."""
+    checkpoints = {name: array for name, array in arrays.items() if name.startswith(_CHECKPOINT)}
+    return {name: array for name, array in arrays.items() if name not in checkpoints}, checkpoints
+
+
+def write_checkpoints(folder: Path, checkpoints: Mapping[str, Array]) -> None:
+    """Unpack what `packed_checkpoints` made."""
+    for name, content in checkpoints.items():
+        path = folder / Path(name.removeprefix(_CHECKPOINT)).name
+        replace_file(path, partial(_write, content.astype(np.uint8, copy=False).tobytes()))
+
+
+def _write(content: bytes, file: IO[bytes]) -> None:
+    file.write(content)
 
 
 class Host:
@@ -67,10 +94,16 @@ class Host:
             raise LostWorkerError("The model's process was not started.")
         if operation == "load":
             params, arrays = {"manifest": str(self._written(params["manifest"], arrays))}, {}
-        elif operation == "train" and not Path(params["run"]).is_dir():
-            params = {**params, "checkpoints": str(Path(self._folder.name) / "checkpoints")}
+        away = None
+        if operation == "train":
+            arrays, checkpoints = parted(arrays)
+            if not Path(params["run"]).is_dir():
+                away = Path(self._folder.name) / "checkpoints"
+                write_checkpoints(away, checkpoints)
+                params = {**params, "checkpoints": str(away)}
         for header, answer in self._process.messages(operation, params, arrays, patience):
-            yield encoded(header, answer)
+            comes_back = packed_checkpoints(away) if away is not None and header.get("kind") == "done" else {}
+            yield encoded(header, {**answer, **comes_back})
 
     def _written(self, manifest: str, files: Mapping[str, Array]) -> Path:
         """Write a submission's files into a folder of this node; returns the path of its manifest."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from ray.exceptions import ActorDiedError, RayError
 
 from robustboard.bench.channel import Array, decoded, encoded
 from robustboard.bench.operations import Reply
-from robustboard.bench.ray_host import LOST, Host
+from robustboard.bench.ray_host import LOST, Host, packed_checkpoints, parted, write_checkpoints
 from robustboard.bench.remote import LAST, SILENCE_SECONDS, START_SECONDS, Message, Worker, Workers
 from robustboard.defenses.adapter import Progress
 from robustboard.defenses.submission import read_manifest
-from robustboard.errors import ClusterError, LostWorkerError, first_line
+from robustboard.errors import ClusterError, LostWorkerError, NoRoomError, first_line
 
 # The node ends a silent process itself; so much later nothing came from the node either.
 _NODE_SECONDS = 60.0
@@ -52,12 +52,14 @@ class RayWorker(Worker):
     Args:
         needs: what it takes.
         workers: where to make it known.
+        room_seconds: how long to wait until a node has room.
 
     Raises:
+        NoRoomError: if none has.
         ClusterError: if the node has other software.
     """
 
-    def __init__(self, needs: Needs, *, workers: Workers | None = None) -> None:
+    def __init__(self, needs: Needs, *, workers: Workers | None = None, room_seconds: float = START_SECONDS) -> None:
         super().__init__(load_seconds=needs.load_seconds, silence_seconds=needs.silence_seconds)
         self._workers = workers or Workers()
         self._closed = self._busy = False
@@ -68,7 +70,7 @@ class RayWorker(Worker):
         self._host = actor.remote()
         self._workers.add(self)
         try:
-            _require_same(self._software(), needs.software)
+            _require_same(self._software(room_seconds), needs.software)
             settings = {"device": needs.device, "threads": needs.threads}
             reply = self._ask("start", settings, {}, START_SECONDS)
         except BaseException:
@@ -83,11 +85,13 @@ class RayWorker(Worker):
         return self._ask("load", {"manifest": submission.manifest.name}, files, self._load_seconds)
 
     def train(self, params: Mapping[str, Any], arrays: Mapping[str, Array], progress: Progress) -> Reply:
-        """Train over there; its checkpoints are kept in the run directory where the node sees it."""
-        checkpoints = Path(params["checkpoints"]).absolute()
-        return super().train(
-            {**params, "checkpoints": str(checkpoints), "run": str(checkpoints.parent)}, arrays, progress
-        )
+        """Train over there, in the run directory where the node sees it; else its checkpoints travel."""
+        folder = Path(params["checkpoints"]).absolute()
+        places = {"checkpoints": str(folder), "run": str(folder.parent)}
+        reply = super().train({**params, **places}, {**arrays, **packed_checkpoints(folder)}, progress)
+        state, checkpoints = parted(reply.arrays)
+        write_checkpoints(folder, checkpoints)
+        return replace(reply, arrays=state)
 
     def messages(
         self, operation: str, params: Mapping[str, Any], arrays: Mapping[str, Array], patience: float
@@ -130,12 +134,12 @@ class RayWorker(Worker):
                 ray.get(self._host.close.remote(), timeout=_CLOSE_SECONDS)
         self.end()
 
-    def _software(self) -> Mapping[str, str]:
+    def _software(self, room_seconds: float) -> Mapping[str, str]:
         try:
-            found: Mapping[str, str] = ray.get(self._host.software.remote(), timeout=START_SECONDS)
+            found: Mapping[str, str] = ray.get(self._host.software.remote(), timeout=room_seconds)
         except TimeoutError as error:
-            raise ClusterError(
-                f"No node of the cluster had room for another process within {START_SECONDS:.0f} seconds; give fewer "
+            raise NoRoomError(
+                f"No node of the cluster had room for another process within {room_seconds:.0f} seconds; give fewer "
                 "--jobs, or wait for the others that use it."
             ) from error
         except ActorDiedError as error:

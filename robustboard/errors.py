@@ -54,6 +54,10 @@ class ClusterError(RobustBoardError):
     """A Ray cluster cannot be used: it is not there, is too small, or has other software."""
 
 
+class NoRoomError(ClusterError):
+    """No node of a Ray cluster has room for a worker."""
+
+
 class BoundsError(RobustBoardError):
     """Verified bounds cannot be computed here; the reason goes into the record."""
 

@@ -5,6 +5,7 @@ All but two tests share one cluster of this machine, whose CPUs and GPUs are cla
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -20,8 +21,10 @@ import pytest
 from robustboard.bench import ray_cluster
 from robustboard.bench.ray_cluster import Demand, connected
 from robustboard.bench.ray_host import software
+from robustboard.bench.ray_worker import Needs, RayWorker
 from robustboard.bench.request import Request
 from robustboard.bench.score import score_defense
+from robustboard.defenses.adapter import NoProgress
 from robustboard.errors import ClusterError, LostWorkerError
 from robustboard.leaderboard.record import Record, load
 
@@ -142,8 +145,6 @@ def build():
     manifest.write_text(manifest.read_text() + 'files = ["helper.py"]\n')
     demand = Demand("cuda", 1, 2, 40, 60)
     with connected(address, demand):
-        from robustboard.bench.ray_worker import Needs, RayWorker
-
         # There is no GPU here, so the device is another than what is asked for.
         needs = Needs("cpu", 1, demand.gpus, 60, software())
         with RayWorker(needs) as first, RayWorker(needs) as second:
@@ -194,6 +195,57 @@ def test_without_ray_one_sentence_says_how_to_install_it(make_submission, small_
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ClusterError, match=r"pip install 'robustboard\[ray\]'"):
         scored(tmp_path, "run", make_submission(), small_track, ray="auto")
+
+
+def test_a_training_on_a_node_that_does_not_see_the_run_directory_comes_back(address, tmp_path, monkeypatch):
+    """Its checkpoints arrive here, and from here they reach the next worker, which does not train again."""
+    (tmp_path / "digits.toml").write_text(TRACK.format(dataset='"digits"'))
+    ask = RayWorker.messages
+
+    def elsewhere(worker, operation, params, arrays, patience):
+        hidden = {"run": "/nowhere", "checkpoints": "/nowhere/checkpoints"} if operation == "train" else {}
+        return ask(worker, operation, {**params, **hidden}, arrays, patience)
+
+    monkeypatch.setattr(RayWorker, "messages", elsewhere)
+    request = Request(defense="standard", track=tmp_path / "digits.toml", overrides={"epochs": 2}, threads=1)
+    away = score_defense(dataclasses.replace(request, run_dir=tmp_path / "away", ray=address, jobs=2)).record
+    (checkpoint,) = (tmp_path / "away" / "checkpoints").iterdir()
+    assert checkpoint.stat().st_size > 1000
+    here = score_defense(dataclasses.replace(request, run_dir=tmp_path / "here")).record
+    assert away.checkpoint_sha256 == here.checkpoint_sha256
+    assert away.outcomes.equals(here.outcomes)
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_for_good_leaves_its_work_to_the_others(
+    make_submission, small_track, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr(ray_cluster, "REPLACE_SECONDS", 5.0)
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    other = cluster.add_node(num_cpus=1)
+
+    class Removing(NoProgress):
+        """Takes the node away when the attacks have begun."""
+
+        def begin(self, stage, total):
+            if stage == "apgd_ce":
+                cluster.remove_node(other, allow_graceful=False)
+
+    manifest = make_submission()
+    request = Request(defense=str(manifest), track=small_track, threads=1)
+    try:
+        lossy = score_defense(
+            dataclasses.replace(request, run_dir=tmp_path / "lossy", ray=cluster.address, jobs=2), Removing()
+        ).record
+    finally:
+        cluster.shutdown()
+    quiet = score_defense(dataclasses.replace(request, run_dir=tmp_path / "quiet")).record
+    assert lossy.outcomes.equals(quiet.outcomes)
+    assert any("gone with its Ray actor or node" in note for note in lossy.notes)
 
 
 def command(tmp_path: Path, name: str, *options: str, mark: str = "") -> subprocess.Popen[str]:

@@ -11,7 +11,7 @@ from robustboard.bench.operations import Reply
 from robustboard.bench.pool import Pool
 from robustboard.bench.remote import Workers
 from robustboard.bench.retrying import RETRIES, Losses, Retrying
-from robustboard.errors import LostWorkerError, ModelError
+from robustboard.errors import LostWorkerError, ModelError, NoRoomError
 
 
 class Scripted:
@@ -162,3 +162,48 @@ def test_a_pool_goes_on_with_a_replaced_member():
         pool.call("attack", {}, {})
     assert first.made[1].asked[0] == "check"
     assert len(second.made) == 1
+
+
+def without_room(bench):
+    """The first loss of this bench is for good."""
+    make = bench.session._start
+
+    def start(group):
+        if bench.made:
+            raise NoRoomError("No room.")
+        return make(group)
+
+    bench.session._start = start
+    return bench
+
+
+def test_a_pool_goes_on_without_a_member_that_cannot_be_replaced():
+    first, second = without_room(Bench(0, gone())), Bench(0)
+    pool = Pool([first.session, second.session])
+    pool.call("check", {}, {})
+    for _ in range(3):
+        pool.call("attack", {}, {})
+    pool.call("check", {}, {})
+    assert first.made[0].asked == ["check", "attack"]
+    assert second.made[0].asked == ["check", "attack", "attack", "attack", "check"]
+
+
+@pytest.mark.parametrize("operation", ["check", "attack"])
+def test_without_the_last_member_everybody_who_waits_hears_of_it(operation):
+    pool = Pool([without_room(Bench(gone())).session for _ in range(2)])
+    errors = []
+
+    def ask():
+        try:
+            pool.call("attack", {}, {})
+        except NoRoomError as error:
+            errors.append(error)
+
+    with pytest.raises(NoRoomError, match="no room for others"):
+        pool.call(operation, {}, {})
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(errors) == 3
