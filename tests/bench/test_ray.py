@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,9 +198,30 @@ def test_without_ray_one_sentence_says_how_to_install_it(make_submission, small_
         scored(tmp_path, "run", make_submission(), small_track, ray="auto")
 
 
-def test_a_training_on_a_node_that_does_not_see_the_run_directory_comes_back(address, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Request:
+    """A short training on the digits, scored in one process."""
+    folder = tmp_path_factory.mktemp("digits")
+    (folder / "digits.toml").write_text(TRACK.format(dataset='"digits"'))
+    request = Request(
+        defense="standard",
+        track=folder / "digits.toml",
+        overrides={"epochs": 2},
+        threads=1,
+        run_dir=folder / "one",
+    )
+    score_defense(request)
+    return request
+
+
+def again(digits: Request, folder: Path) -> Path:
+    """A run directory for the same, with the surrogates of the diagnostics that are trained already."""
+    shutil.copytree(digits.run_dir / "surrogates", folder / "surrogates")
+    return folder
+
+
+def test_a_training_on_a_node_that_does_not_see_the_run_directory_comes_back(address, digits, tmp_path, monkeypatch):
     """Its checkpoints arrive here, and from here they reach the next worker, which does not train again."""
-    (tmp_path / "digits.toml").write_text(TRACK.format(dataset='"digits"'))
     ask = RayWorker.messages
 
     def elsewhere(worker, operation, params, arrays, patience):
@@ -207,11 +229,11 @@ def test_a_training_on_a_node_that_does_not_see_the_run_directory_comes_back(add
         return ask(worker, operation, {**params, **hidden}, arrays, patience)
 
     monkeypatch.setattr(RayWorker, "messages", elsewhere)
-    request = Request(defense="standard", track=tmp_path / "digits.toml", overrides={"epochs": 2}, threads=1)
-    away = score_defense(dataclasses.replace(request, run_dir=tmp_path / "away", ray=address, jobs=2)).record
-    (checkpoint,) = (tmp_path / "away" / "checkpoints").iterdir()
+    folder = again(digits, tmp_path / "away")
+    away = score_defense(dataclasses.replace(digits, run_dir=folder, ray=address, jobs=2)).record
+    (checkpoint,) = (folder / "checkpoints").iterdir()
     assert checkpoint.stat().st_size > 1000
-    here = score_defense(dataclasses.replace(request, run_dir=tmp_path / "here")).record
+    here = load(digits.run_dir / "record")
     assert away.checkpoint_sha256 == here.checkpoint_sha256
     assert away.outcomes.equals(here.outcomes)
 
@@ -248,13 +270,12 @@ def test_a_node_that_is_lost_for_good_leaves_its_work_to_the_others(
     assert any("gone with its Ray actor or node" in note for note in lossy.notes)
 
 
-def command(tmp_path: Path, name: str, *options: str, mark: str = "") -> subprocess.Popen[str]:
-    """The command itself; all that it starts has a mark in its environment."""
+def command(digits: Request, folder: Path, *options: str, mark: str) -> subprocess.Popen[str]:
+    """The command itself on a cluster of this machine; all that it starts has a mark in its environment."""
     code = "from robustboard.bench.cli import main; main()"
-    (tmp_path / "digits.toml").write_text(TRACK.format(dataset='"digits"'))
-    words = ["standard", "--track", str(tmp_path / "digits.toml"), "--set", "epochs=2", "--threads", "1", "--no-mlflow"]
+    words = ["standard", "--track", str(digits.track), "--set", "epochs=2", "--threads", "1", "--no-mlflow"]
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", code, "score", *words, "--run-dir", str(tmp_path / name), *options],
+        [sys.executable, "-P", "-c", code, "score", *words, "--ray", "auto", "--run-dir", str(folder), *options],
         env={**os.environ, "ROBUSTBOARD_TEST_MARK": mark},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -282,27 +303,27 @@ def gone(mark: str, seconds: float) -> list[str]:
     return left(mark)
 
 
-def test_a_cluster_of_this_machine_gives_the_table_of_one_process_and_leaves_nothing(tmp_path):
+def test_a_cluster_of_this_machine_gives_the_table_of_one_process_and_leaves_nothing(digits, tmp_path):
+    """And so do two processes without a cluster."""
     mark = uuid.uuid4().hex
-    tables = {}
-    for name, options in {"one": (), "two": ("--jobs", "2"), "ray": ("--ray", "auto")}.items():
-        process = command(tmp_path, name, *options, mark=mark)
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        # Of Ray nothing is heard.
-        assert [line for line in errors.splitlines() if not line.startswith("standard: ")] == []
-        tables[name] = load(tmp_path / name / "record").outcomes
-    assert tables["one"].equals(tables["two"])
-    assert tables["one"].equals(tables["ray"])
+    process = command(digits, again(digits, tmp_path / "ray"), mark=mark)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    # Of Ray nothing is heard.
+    assert [line for line in errors.splitlines() if not line.startswith("standard: ")] == []
     assert gone(mark, 10) == []
+    score_defense(dataclasses.replace(digits, run_dir=again(digits, tmp_path / "two"), jobs=2))
+    one = load(digits.run_dir / "record").outcomes
+    for name in ("two", "ray"):
+        assert load(tmp_path / name / "record").outcomes.equals(one)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_nothing_is_left_of_a_cluster_whose_command_is_ended(tmp_path, number, code):
+def test_nothing_is_left_of_a_cluster_whose_command_is_ended(digits, tmp_path, number, code):
     """After SIGKILL two of Ray's own agents take their time, up to minutes; the model's processes do not."""
     mark = uuid.uuid4().hex
-    process = command(tmp_path, "run", "--ray", "auto", "--complete", "100000", mark=mark)
+    process = command(digits, tmp_path / "run", "--complete", "100000", mark=mark)
     for line in process.stderr:
         if line.startswith("standard: PGD"):
             break
