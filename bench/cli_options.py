@@ -23,8 +23,8 @@ Jobs = Annotated[
     typer.Option(
         min=1,
         max=256,
-        help="Processes that judge the model side by side, which change no verdict: one, or as many as a cluster has room "
-        "for, unless said otherwise.",
+        help="Processes that judge the model side by side, which change no verdict: one, or as many as a cluster has "
+        "room for, unless said otherwise.",
     ),
 ]
 LoadSeconds = Annotated[float, typer.Option(min=1, help="How long a submitted model may take to load.")]

@@ -43,6 +43,23 @@ corruptions = {{names = ["contrast"], severities = [1]}}
 training = {{train = 600, validation = 60}}
 """
 
+HONEST = """
+import os
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+def build():
+    open(f"{folder}/{{os.getppid()}}", "w").close()
+    return Net()
+"""
+
 # The first gradient of all ends a process, and after that everybody lives.
 MORTAL = """
 import os, signal, torch
@@ -239,9 +256,7 @@ def test_a_training_on_a_node_that_does_not_see_the_run_directory_comes_back(add
 
 
 @pytest.mark.slow
-def test_a_node_that_is_lost_for_good_leaves_its_work_to_the_others(
-    make_submission, small_track, tmp_path, monkeypatch
-):
+def test_a_node_that_is_lost_leaves_its_work_to_the_others(make_submission, small_track, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setattr(ray_cluster, "REPLACE_SECONDS", 5.0)
@@ -249,16 +264,21 @@ def test_a_node_that_is_lost_for_good_leaves_its_work_to_the_others(
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     other = cluster.add_node(num_cpus=1)
+    (tmp_path / "hosts").mkdir()
+    code = HONEST.format(folder=tmp_path / "hosts")
 
     class Removing(NoProgress):
-        """Takes the node away when the attacks have begun."""
+        """Takes a node away when the attacks have begun."""
 
         def begin(self, stage, total):
-            if stage == "apgd_ce":
+            if stage == "PGD" and other in cluster.worker_nodes:
+                hosts = [Path("/proc") / path.name for path in (tmp_path / "hosts").iterdir()]
+                assert len(hosts) == 2
                 cluster.remove_node(other, allow_graceful=False)
+                while all(host.exists() for host in hosts):
+                    time.sleep(0.1)
 
-    manifest = make_submission()
-    request = Request(defense=str(manifest), track=small_track, threads=1)
+    request = Request(defense=str(make_submission(code)), track=small_track, threads=1)
     try:
         lossy = score_defense(
             dataclasses.replace(request, run_dir=tmp_path / "lossy", ray=cluster.address, jobs=2), Removing()
@@ -267,7 +287,7 @@ def test_a_node_that_is_lost_for_good_leaves_its_work_to_the_others(
         cluster.shutdown()
     quiet = score_defense(dataclasses.replace(request, run_dir=tmp_path / "quiet")).record
     assert lossy.outcomes.equals(quiet.outcomes)
-    assert any("gone with its Ray actor or node" in note for note in lossy.notes)
+    assert any("lost 1 time (gone with its Ray actor or node" in note for note in lossy.notes)
 
 
 def command(digits: Request, folder: Path, *options: str, mark: str) -> subprocess.Popen[str]:
