@@ -49,6 +49,7 @@ def certify(
     iterations: int = 20,
     memory_bytes: int = 2 << 30,
     on_examples: Callable[[int], None] | None = None,
+    views: Views | None = None,
 ) -> Bounds:
     """Bound the margins of each example over its threat model, in chunks that fit in memory.
 
@@ -65,6 +66,7 @@ def certify(
         iterations: alpha-CROWN's work budget, in optimisation steps.
         memory_bytes: what one chunk may take, by `bound_memory.estimate`.
         on_examples: called with the number of examples that have just been finished.
+        views: what earlier calls for the same model left to be used again; None reads the network anew.
 
     Raises:
         BoundsError: if the method is unknown. Whatever else goes wrong is the `reason` of an answer that knows nothing.
@@ -86,7 +88,8 @@ def certify(
         raise BoundsError(f"The bound method {method!r} is not one of {', '.join(METHODS)}.")
     tell = on_examples or (lambda _: None)
     try:
-        judge = _Judge(model, images, threat=threat, method=method, classes=classes, iterations=iterations)
+        network, exact = (views or Views(model)).of(images[:1], classes)
+        judge = _Judge(model, network, exact, threat=threat, method=method, iterations=iterations)
         need = judge.need.of(method)
         if need > memory_bytes:
             raise BoundsError(
@@ -104,6 +107,33 @@ def certify(
         return nothing_known(labels, classes, _why(model, method, error))
 
 
+class Views:
+    """auto_LiRPA's view of a model, read once for all methods: that takes as long as bounds of several examples.
+
+    Args:
+        model: in eval mode; its weights must stay what they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._known: dict[tuple[int, torch.Size], tuple[BoundedNetwork, nn.Module]] = {}
+
+    def of(self, image: Tensor, classes: int) -> tuple[BoundedNetwork, nn.Module]:
+        """The network to bound and a copy to evaluate, in float64 if the model's code allows it.
+
+        Args:
+            image: (1, C, H, W).
+            classes: K.
+
+        Raises:
+            BoundsError: if auto_LiRPA cannot bound the model.
+        """
+        key = classes, image.shape
+        if key not in self._known:
+            self._known[key] = _in_widest_type(self._model, image, classes)
+        return self._known[key]
+
+
 class _WrongBoundsError(BoundsError):
     """A bound above a margin that the network has inside the ball."""
 
@@ -112,10 +142,17 @@ class _Judge:
     """One network, one threat model and one method."""
 
     def __init__(
-        self, model: nn.Module, images: Tensor, *, threat: ThreatModel, method: str, classes: int, iterations: int
+        self,
+        model: nn.Module,
+        network: BoundedNetwork,
+        exact: nn.Module,
+        *,
+        threat: ThreatModel,
+        method: str,
+        iterations: int,
     ) -> None:
-        self.model, self.threat, self.method, self.iterations = model, threat, method, iterations
-        self.network, self.exact = _in_widest_type(model, images[:1], classes)
+        self.model, self.network, self.exact = model, network, exact
+        self.threat, self.method, self.iterations = threat, method, iterations
         self.tolerance = TOLERANCE if self.network.dtype == torch.float64 else TOLERANCE_FLOAT32
         self.need: Need = estimate(self.network)
         self.notes: tuple[str, ...] = ()
@@ -186,7 +223,6 @@ class _Judge:
 
 
 def _in_widest_type(model: nn.Module, image: Tensor, classes: int) -> tuple[BoundedNetwork, nn.Module]:
-    """The network to bound and a copy to evaluate, in float64 if the model's code allows it."""
     device = next((parameter.device for parameter in model.parameters()), image.device)
     try:
         wide = copy.deepcopy(shared_view(model)).double().requires_grad_(requires_grad=False)

@@ -131,6 +131,7 @@ class Operations:
         self._on_forwards = on_forwards
         # Asked before any operation hooks the model to count its passes.
         self._own_bounds = own_certificates.applicable(model)
+        self._views = bounds.Views(model)
         self._table: dict[str, Callable[[Mapping[str, Any], Mapping[str, Array]], Reply]] = {
             "check": self._check,
             "predict": self._predict,
@@ -268,6 +269,7 @@ class Operations:
                 iterations=params["iterations"],
                 memory_bytes=params["memory_bytes"],
                 on_examples=self._on_forwards,
+                views=self._views,
             )
         return Reply(
             {"notes": [*([result.reason] if result.reason else []), *result.notes], "wrong": result.wrong},

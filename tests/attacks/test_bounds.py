@@ -19,7 +19,7 @@ from robustboard.attacks import bounds as bounds_module
 from robustboard.attacks import lirpa_compat
 from robustboard.attacks.bound_memory import estimate
 from robustboard.attacks.bounded_network import Ball
-from robustboard.attacks.bounds import METHODS, TOLERANCE, TOLERANCE_FLOAT32, BoundedNetwork, Bounds, certify
+from robustboard.attacks.bounds import METHODS, TOLERANCE, TOLERANCE_FLOAT32, BoundedNetwork, Bounds, Views, certify
 from robustboard.attacks.counting import PassCounter
 from robustboard.attacks.normalisation import ChannelAffine
 from robustboard.attacks.threat import ThreatModel
@@ -449,6 +449,20 @@ def test_bounds_that_the_network_contradicts_are_not_used(monkeypatch: pytest.Mo
     assert "contradict" in bounds.reason
     assert bounds.wrong
     assert not bounds.certified.any()
+
+
+@pytest.mark.parametrize("threat", [LINF, L2], ids=str)
+@pytest.mark.parametrize("name", ["dense", "convolutional"])
+def test_a_view_that_other_methods_used_gives_the_same_bounds(name: str, threat: ThreatModel) -> None:
+    """auto_LiRPA keeps bounds and slopes in its network, which must not reach the next question."""
+    model, images = seeded(NETWORKS[name]), drawn(3)
+    labels, views = labels_of(model, images), Views(model)
+    for method in (*METHODS, *METHODS):
+        asked = {"threat": threat, "method": method, "classes": 5, "iterations": 3}
+        again = certify(model, images, labels, **asked, views=views)
+        fresh = certify(model, images, labels, **asked)
+        assert torch.equal(again.margins, fresh.margins)
+        assert fresh.reason is None
 
 
 def test_an_example_that_cannot_fit_is_not_tried() -> None:
