@@ -37,6 +37,7 @@ _HEAD = struct.Struct("<4s32s")
 _MAGIC = b"RBj1"
 _SEGMENT = struct.Struct("<Q32s")
 _LARGEST = 16 << 30
+_REMARK = hashlib.sha256(b"a remark").digest()
 
 
 class Journal:
@@ -54,6 +55,8 @@ class Journal:
         self._path = path
         self._lock = threading.Lock()
         self._kept: dict[bytes, deque[tuple[int, int]]] = defaultdict(deque)
+        # Without an answer there is nothing to go on from.
+        self._answers = 0
         self._head = _HEAD.pack(_MAGIC, hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).digest())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +78,7 @@ class Journal:
     def __exit__(self, *exc: object) -> None:
         # A thread that comes late must not write to whatever file is given this number next.
         with self._lock:
-            if self._end == _HEAD.size:
+            if not self._answers:
                 self.remove()
             os.close(self._file)
             self._file = -1
@@ -122,6 +125,20 @@ class Journal:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._file, self._end)
                 raise self._refused(error) from error
+            self._answers += question != _REMARK
+
+    def remark(self, text: str) -> None:
+        """Write what is to be known of the run beside its answers.
+
+        Raises:
+            OutputError: as for `keep`.
+        """
+        self.keep(_REMARK, Reply({"text": text}, {}))
+
+    def remarks(self) -> list[str]:
+        """The remarks of earlier runs, in order; each is given once."""
+        found = iter(lambda: self.recall(_REMARK), None)
+        return [str(one.values["text"]) for one in found if one is not None]
 
     def remove(self) -> None:
         """Take the file away, when the run's record is written."""
@@ -157,6 +174,7 @@ class Journal:
             except (WorkerError, KeyError, ValueError, TypeError):
                 return end
             self._kept[question].append((first, length))
+            self._answers += question != _REMARK
             end = first + length
 
     def _read(self, length: int, offset: int) -> bytes:

@@ -6,7 +6,6 @@ never asked twice.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,7 +24,6 @@ RETRIES: Final = 2
 SILENT_RETRIES: Final = 1
 """The same where the process fell silent, since noticing that takes minutes."""
 
-_LOSS = hashlib.sha256(b"a worker was lost").digest()
 # A record's note names so many ways in which processes were lost.
 _MOST_WAYS = 5
 
@@ -45,16 +43,14 @@ class Losses:
         with self._lock:
             self._ways.append(error.how)
             if self._journal is not None:
-                _keep(self._journal, error.how)
+                self._journal.remark(error.how)
 
     def kept_in(self, journal: Journal) -> None:
-        """Take over what the journal knows of, and from now on keep what comes there."""
+        """Take over what the journal knows of, and from now on keep there what comes."""
         with self._lock:
-            earlier = []
-            while (known := journal.recall(_LOSS)) is not None:
-                earlier.append(str(known.values.get("how", "lost")))
+            earlier = journal.remarks()
             for way in self._ways:
-                _keep(journal, way)
+                journal.remark(way)
             self._ways = [*earlier, *self._ways]
             self._journal = journal
 
@@ -70,10 +66,6 @@ class Losses:
             f"A process of the model was lost {times} ({'; '.join(ways)}{'; ...' if len(counts) > _MOST_WAYS else ''}) "
             "and its work was asked again of a new one; no verdict depends on it.",
         )
-
-
-def _keep(journal: Journal, how: str) -> None:
-    journal.keep(_LOSS, Reply({"how": how}, {}))
 
 
 class Retrying:

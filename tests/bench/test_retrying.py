@@ -146,12 +146,20 @@ def test_the_note_survives_a_run_that_is_killed(tmp_path):
         bench = Bench(gone(how=name), 0)
         with Journal(tmp_path / "journal.bin", {}) as journal:
             bench.losses.kept_in(journal)
-            bench.session.call("attack", {}, {})
+            journal.keep(name.encode(), bench.session.call("attack", {}, {}))
     assert "lost 2 times (1 x first; 1 x second)" in bench.losses.notes()[0]
     late = Losses()
     with Journal(tmp_path / "journal.bin", {}) as journal:
         late.kept_in(journal)
     assert late.notes() == bench.losses.notes()
+
+
+def test_a_journal_of_nothing_but_a_note_goes(tmp_path):
+    bench = Bench(gone(), 0)
+    with Journal(tmp_path / "journal.bin", {}) as journal:
+        bench.losses.kept_in(journal)
+        bench.session.call("attack", {}, {})
+    assert not (tmp_path / "journal.bin").exists()
 
 
 def test_a_pool_goes_on_with_a_replaced_member():
