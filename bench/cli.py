@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from robustboard.bench import cli_records, cli_sync
+from robustboard.bench import cli_records, cli_sweep, cli_sync
 from robustboard.bench.cli_options import (
     AsJson,
     DataDir,
@@ -53,6 +53,7 @@ app = typer.Typer(
 
 cli_records.register(app)
 cli_sync.register(app)
+cli_sweep.register(app)
 
 _DEFAULT_RUNS = Path("runs")
 

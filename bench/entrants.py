@@ -171,7 +171,8 @@ class SubmittedEntrant(Entrant):
     def __init__(self, manifest: Path) -> None:
         self._submission = read_manifest(manifest)
         self.code_sha256 = self._submission.code_sha256
-        content = self._submission.code_sha256 + self._submission.weights_sha256
+        # The function that builds the network is part of it: one file may hold several.
+        content = self._submission.code_sha256 + self._submission.weights_sha256 + self._submission.model.factory
         self.key = f"files-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
         self.hyper = {}
         self.seeds = {}

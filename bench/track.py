@@ -113,7 +113,7 @@ def _severities(value: object) -> object:
     return value
 
 
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     if len(set(values)) < len(values):
         raise ValueError("a list without repetition")
     return values
@@ -148,7 +148,7 @@ class Pgd(_Frozen):
     steps: Count
     restarts: Count
     step: Share
-    losses: Annotated[tuple[Literal["ce", "margin", "dlr"], ...], Field(min_length=1), AfterValidator(_distinct)]
+    losses: Annotated[tuple[Literal["ce", "margin", "dlr"], ...], Field(min_length=1), AfterValidator(distinct)]
     seed: Seed
 
     def losses_for(self, classes: int) -> tuple[str, ...]:
@@ -189,7 +189,7 @@ class Attacks(_Frozen):
 class BoundSettings(_Frozen):
     """Verified bounds, in the order they are tried, and their work budgets."""
 
-    methods: Annotated[tuple[Literal["ibp", "crown-ibp", "crown", "alpha-crown"], ...], AfterValidator(_distinct)]
+    methods: Annotated[tuple[Literal["ibp", "crown-ibp", "crown", "alpha-crown"], ...], AfterValidator(distinct)]
     alpha_iterations: Count
     memory_mebibytes: Count
 
@@ -217,7 +217,7 @@ class RobustCorruptions(_Frozen):
     """
 
     examples: Count
-    names: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)]
+    names: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(distinct)]
     severity: SeverityOrFixed
     seed: Seed
 
@@ -233,7 +233,7 @@ class CorruptionSuite(_Frozen):
     """
 
     set: corruptions.SetName
-    names: Annotated[tuple[str, ...], AfterValidator(_distinct)]
+    names: Annotated[tuple[str, ...], AfterValidator(distinct)]
     severities: Severities
     seed: Seed
     robust: RobustCorruptions | None = None

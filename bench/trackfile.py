@@ -34,9 +34,9 @@ def parse_track(content: Mapping[str, Any], *, standard: Mapping[str, Any], wher
     if "threat" in values:
         values["threat"] = _threat(values["threat"], where)
     try:
-        return Track.model_validate(_with_tuples(values))
+        return Track.model_validate(with_tuples(values))
     except ValidationError as error:
-        raise TrackError(_sentence(error, where)) from error
+        raise TrackError(sentence(error, where, Track)) from error
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,10 +52,10 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
-def _with_tuples(value: Any) -> Any:
+def with_tuples(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _with_tuples(inner) for key, inner in value.items()}
-    return tuple(_with_tuples(inner) for inner in value) if isinstance(value, list) else value
+        return {key: with_tuples(inner) for key, inner in value.items()}
+    return tuple(with_tuples(inner) for inner in value) if isinstance(value, list) else value
 
 
 def _npz_source(table: Mapping[str, Any], where: str, folder: Path) -> NpzSource:
@@ -100,19 +100,25 @@ _DEMANDS: Mapping[str, str] = {
 }
 
 
-def _sentence(error: ValidationError, where: str) -> str:
+def sentence(error: ValidationError, where: str, model: type[BaseModel]) -> str:
+    """The first mistake in a file: which key it is about, and what is allowed there.
+
+    Args:
+        error: what validating its values raised.
+        where: what to call the file.
+        model: what they were validated as.
+    """
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
         return f"{where}: the key {key} is missing."
     if first["type"] == "extra_forbidden":
-        return f"{where}: the key {key} is not known; allowed are {', '.join(_allowed(first['loc'][:-1]))}."
+        return f"{where}: the key {key} is not known; allowed are {', '.join(_allowed(model, first['loc'][:-1]))}."
     demand = _DEMANDS.get(first["type"], first["msg"].removeprefix("Value error, ").removeprefix("Input should be "))
     return f"{where}: {key} must be {demand}, not {first['input']!r}."
 
 
-def _allowed(loc: tuple[int | str, ...]) -> list[str]:
-    model: type[BaseModel] = Track
+def _allowed(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     for part in loc:
         annotation = model.model_fields[str(part)].annotation
         for kind in (annotation, *get_args(annotation)):

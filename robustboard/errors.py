@@ -21,6 +21,10 @@ class TrackError(RobustBoardError):
     """A track is unknown, or its TOML does not describe one."""
 
 
+class SweepError(RobustBoardError):
+    """A sweep.toml does not describe a sweep, or some of a sweep's cells failed."""
+
+
 class DefenseError(RobustBoardError):
     """A defense is unknown, mis-configured, or does not suit the track."""
 

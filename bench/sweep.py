@@ -1,0 +1,287 @@
+"""A sweep: many defenses on many tracks with many training seeds, a cell each, resumable as a whole.
+
+A cell is one `score_defense` with a run directory of its own. Everything that a cell needs is checked before the first
+one starts. Cells run in threads, some side by side; what a cell answers for is its own: one that fails does not stop the
+others. Nothing is kept but the run directories, so the same sweep started again passes over the finished cells, goes on
+inside the interrupted ones and tries the failed ones anew.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from robustboard.bench import tracking
+from robustboard.bench.entrants import TrainedEntrant, is_path
+from robustboard.bench.environment import threads_for
+from robustboard.bench.finished import finished
+from robustboard.bench.journal import FILE as JOURNAL
+from robustboard.bench.process import Workers
+from robustboard.bench.progress import Bars
+from robustboard.bench.score import Prepared, Request, Scored, prepare, score_defense
+from robustboard.bench.sweepfile import SweepFile
+from robustboard.defenses.adapter import Progress
+from robustboard.errors import OutputError, RobustBoardError, SweepError, TrackingError, first_line
+from robustboard.files import require_writable
+from robustboard.leaderboard.record import Record
+
+_MOST_CELLS = 10_000
+
+State = Literal["to do", "begun", "finished", "scored", "failed"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    Attributes:
+        request: what is scored.
+        track: the track's id.
+        defense: its name.
+        seed: of the training; None for a submission.
+        settings: the hyper-parameters that the sweep sets.
+        folder: the run directory.
+        record: of the finished run, if there is one.
+        begun: whether the run directory holds something to go on from.
+    """
+
+    request: Request
+    track: str
+    defense: str
+    seed: int | None
+    settings: Mapping[str, str]
+    folder: Path
+    record: Record | None
+    begun: bool
+
+    @property
+    def name(self) -> str:
+        """Such as `digits-linf@1/pgd-at/seed-0`."""
+        return f"{self.track}/{self.defense}/{self.folder.name}"
+
+    @property
+    def state(self) -> State:
+        """What there is to do."""
+        return "finished" if self.record else "begun" if self.begun else "to do"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell.
+
+    Attributes:
+        cell: which.
+        state: `finished` before this sweep, `scored` by it, or `failed`.
+        record: where there is one.
+        reason: why it failed, or could not be logged: a sentence.
+        exit_code: of that error.
+    """
+
+    cell: Cell
+    state: State
+    record: Record | None = None
+    reason: str = ""
+    exit_code: int = 0
+
+
+def plan(sweep: SweepFile, path: Path, base: Request, *, side_by_side: int, progress: Progress) -> list[Cell]:
+    """The cells of a sweep, in the order of its file, each with all that it names found; nothing is written.
+
+    Args:
+        sweep: what the file says.
+        path: the file, whose folder relative paths are relative to.
+        base: everything that all cells share.
+        side_by_side: how many cells will be worked on at a time; they share out the cores.
+        progress: told of every cell.
+
+    Raises:
+        RobustBoardError: one sentence about the first cell that cannot run.
+    """
+    requests = list(_requests(sweep, path, base))
+    progress.begin("checking", len(requests))
+    cells: dict[Path, Cell] = {}
+    for request in requests:
+        try:
+            cell = _found(request, side_by_side)
+            require_writable(cell.folder, f"The run directory {cell.folder}")
+        except RobustBoardError as error:
+            raise type(error)(f"{path}: {error}") from error
+        if cell.folder in cells:
+            raise SweepError(f"{path}: the cell {cell.name} is there twice; name each defense, track and setting once.")
+        cells[cell.folder] = cell
+        progress.advance()
+    return list(cells.values())
+
+
+def _requests(sweep: SweepFile, path: Path, base: Request) -> Iterator[Request]:
+    """Every combination: tracks, then defenses, then settings, then seeds."""
+    for name in sweep.hyper:
+        if name not in sweep.defenses or is_path(name):
+            trained = ", ".join(one for one in sweep.defenses if not is_path(one)) or "none"
+            raise SweepError(
+                f"{path}: hyper.{name} belongs to no defense of this sweep that is trained here; there is {trained}."
+            )
+    combinations = [
+        (defense, settings, seed)
+        for defense in sweep.defenses
+        for settings in _settings(sweep.hyper.get(defense, {}))
+        # A submission is trained already.
+        for seed in ((0,) if is_path(defense) else sweep.seeds)
+    ]
+    count = len(sweep.tracks) * len(combinations)
+    if count > _MOST_CELLS:
+        raise SweepError(f"{path}: these are {count} cells, and a sweep has {_MOST_CELLS} at most; write several.")
+    for track, (defense, settings, seed) in itertools.product(sweep.tracks, combinations):
+        yield replace(
+            base,
+            track=_beside(path, track),
+            defense=_beside(path, defense),
+            overrides=settings,
+            seed=seed,
+            run_dir=None,
+        )
+
+
+def _settings(choices: Mapping[str, Sequence[object]]) -> Iterator[dict[str, str]]:
+    """Every combination of one value each, as `--set` would give it, so that both name one run directory."""
+    for values in itertools.product(*choices.values()):
+        yield {name: _text(value) for name, value in zip(choices, values, strict=True)}
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _beside(path: Path, name: str) -> str:
+    """A path relative to the sweep's folder; a name stays what it is."""
+    return str(path.parent / name) if is_path(name) else name
+
+
+def _found(request: Request, side_by_side: int) -> Cell:
+    made = prepare(request)
+    numbers = made.examples.images[0].size
+    threads = request.threads or threads_for(numbers, jobs=request.jobs * side_by_side)
+    record = finished(request, made)
+    return Cell(
+        replace(request, threads=threads),
+        made.track.id,
+        made.entrant.info.name,
+        request.seed if isinstance(made.entrant, TrainedEntrant) else None,
+        {name: str(value) for name, value in request.overrides.items()},
+        made.folder,
+        record,
+        record is None and _begun(made),
+    )
+
+
+def _begun(made: Prepared) -> bool:
+    return any((made.folder / name).exists() for name in (JOURNAL, "checkpoints"))
+
+
+def run_sweep(cells: Sequence[Cell], *, side_by_side: int, uri: str | None, bars: Bars) -> list[Outcome]:
+    """Score the cells that are not finished, and log what is not in the store yet.
+
+    An interrupt ends all processes and leaves every cell as it is. The store has one writer, the calling thread.
+
+    Args:
+        cells: of `plan`.
+        side_by_side: how many are worked on at a time.
+        uri: the MLflow store; None for none.
+        bars: shows what is under way.
+
+    Returns:
+        What became of each cell, in the order of `cells`.
+    """
+    overall = bars.job("sweep")
+    overall.begin("cells", len(cells))
+    outcomes = {cell.name: outcome for cell, outcome in zip(cells, _logged_late(cells, uri), strict=True) if outcome}
+    overall.advance(len(outcomes))
+    workers = Workers()
+
+    def one(cell: Cell) -> Scored:
+        bar = bars.job(cell.name)
+        try:
+            return score_defense(cell.request, bar, workers=workers)
+        finally:
+            bar.end()
+
+    with ThreadPoolExecutor(side_by_side) as pool:
+        futures = {pool.submit(one, cell): cell for cell in cells if cell.record is None}
+        try:
+            for future in as_completed(list(futures)):
+                # Its images go with it: of a sweep of many cells only the records stay.
+                outcome = _outcome(futures.pop(future), future, uri)
+                outcomes[outcome.cell.name] = outcome
+                overall.advance()
+                bars.console.print(
+                    f"{len(outcomes)} of {len(cells)}: {_told(outcome)}", markup=False, highlight=False, soft_wrap=True
+                )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            workers.end()
+            raise
+        finally:
+            overall.end()
+    return [outcomes[cell.name] for cell in cells]
+
+
+def _outcome(cell: Cell, future: Future[Scored], uri: str | None) -> Outcome:
+    error = future.exception()
+    if error is not None:
+        if not isinstance(error, Exception) or os.environ.get("ROBUSTBOARD_DEBUG"):
+            raise error
+        return Outcome(cell, "failed", None, *_reason(error))
+    scored = future.result()
+    if uri is None:
+        return Outcome(cell, "scored", scored.record)
+    try:
+        tracking.log_record(scored.record, scored.folder, uri=uri, images=scored.images, training=scored.training)
+    except TrackingError as unlogged:
+        return _unlogged(cell, "scored", scored.record, unlogged)
+    return Outcome(cell, "scored", scored.record)
+
+
+def _logged_late(cells: Sequence[Cell], uri: str | None) -> Iterator[Outcome | None]:
+    """What is there of finished cells; one whose sweep was killed before it was logged is logged now."""
+    done = [cell for cell in cells if cell.record is not None]
+    known = tracking.logged_tables(uri) if uri is not None and done else frozenset()
+    for cell in cells:
+        record = cell.record
+        if record is None:
+            yield None
+        elif uri is None or (tracking.run_tag(cell.folder / "record"), record.outcomes_sha256) in known:
+            yield Outcome(cell, "finished", record)
+        else:
+            try:
+                images = prepare(cell.request).examples.floats()
+                tracking.log_record(record, cell.folder / "record", uri=uri, images=images, training=())
+                yield Outcome(cell, "finished", record)
+            except TrackingError as error:
+                yield _unlogged(cell, "finished", record, error)
+
+
+def _unlogged(cell: Cell, state: State, record: Record, error: TrackingError) -> Outcome:
+    return Outcome(cell, state, record, f"{error} The record itself is safe in {cell.folder}.", error.exit_code)
+
+
+def _reason(error: Exception) -> tuple[str, int]:
+    """The sentence that the command line would end with, and its exit code."""
+    if isinstance(error, RobustBoardError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        where = f" {error.filename}" if error.filename else ""
+        return f"The file system refused{where}: {error.strerror or error}.", OutputError.exit_code
+    return f"This is a bug of RobustBoard: {first_line(error)}; ROBUSTBOARD_DEBUG=1 shows where.", 2
+
+
+def _told(outcome: Outcome) -> str:
+    record = outcome.record
+    if record is None:
+        return f"{outcome.cell.name} failed: {outcome.reason}"
+    shares = ", ".join(f"{name} {record.metrics[name].value:.1%}" for name in ("clean", "robust", "certified"))
+    return f"{outcome.cell.name}: {shares}" + (f"; {outcome.reason}" if outcome.reason else "")
