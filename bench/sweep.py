@@ -1,9 +1,9 @@
 """A sweep: many defenses on many tracks with many training seeds, a cell each, resumable as a whole.
 
-A cell is one `score_defense` with a run directory of its own. Everything that a cell needs is checked before the first
-one starts. Cells run in threads, some side by side; what a cell answers for is its own: one that fails does not stop the
-others. Nothing is kept but the run directories, so the same sweep started again passes over the finished cells, goes on
-inside the interrupted ones and tries the failed ones anew.
+A cell is one `score_defense` with a run directory of its own. All that the cells need is checked before the first one
+starts. They run in threads, some side by side, and one that fails does not stop the others. Nothing is kept but the run
+directories, so the same sweep started again passes over the finished cells, goes on inside the interrupted ones, and
+tries the failed ones anew.
 """
 
 from __future__ import annotations

@@ -114,6 +114,7 @@ def _severities(value: object) -> object:
 
 
 def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """For pydantic: the values, if none is there twice."""
     if len(set(values)) < len(values):
         raise ValueError("a list without repetition")
     return values

@@ -53,6 +53,7 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def with_tuples(value: Any) -> Any:
+    """Values of a TOML with tuples in place of lists: what a frozen model holds."""
     if isinstance(value, Mapping):
         return {key: with_tuples(inner) for key, inner in value.items()}
     return tuple(with_tuples(inner) for inner in value) if isinstance(value, list) else value
