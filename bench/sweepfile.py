@@ -1,6 +1,6 @@
 """The TOML of a sweep: which defenses are judged on which tracks, with which seeds and settings; every mistake is said.
 
-Its keys are the options of `robustboard score`, with underscores; docs/cluster.md has an example.
+Its keys are the options of `robustboard score`, with underscores; docs/sweep.md has an example.
 """
 
 from __future__ import annotations
