@@ -31,8 +31,8 @@ def test_differences_are_seen_in_tables_passes_images_and_files(folders):
     assert soak.differences(one, two) == []
     record = load(two / "record")
     table = record.outcomes.copy()
-    row = table.index[table["verdict"] == "broken"][0]
-    table.loc[row, "label"] = 3 - table.loc[row, "label"]
+    row = table.index[table["certified"]][0]
+    table.loc[row, "margin_lower"] += 0.5
     cost = {**record.cost, "pgd": StageCost(seconds=1.0, forwards=1, backwards=2)}
     save(record.model_copy(update={"cost": cost}), table, two / "record")
     with np.load(two / "adversarial.npz") as stored:
@@ -41,7 +41,7 @@ def test_differences_are_seen_in_tables_passes_images_and_files(folders):
     np.savez(two / "adversarial.npz", **fields)
     (two / "journal.bin").touch()
     found = soak.differences(one, two)
-    assert "the column label differs" in found
+    assert "the column margin_lower differs" in found
     assert "the passes of pgd differ" in found
     assert "images of the stored images differ" in found
     assert "only one folder has journal.bin" in found
