@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -201,18 +202,18 @@ def run_sweep(cells: Sequence[Cell], *, side_by_side: int, uri: str | None, bars
     overall.begin("cells", len(cells))
     outcomes = {cell.name: outcome for cell, outcome in zip(cells, _logged_late(cells, uri), strict=True) if outcome}
     overall.advance(len(outcomes))
-    workers = Workers()
+    workers, stop = Workers(), threading.Event()
 
     def one(cell: Cell) -> Scored:
         bar = bars.job(cell.name)
         try:
-            return score_defense(cell.request, bar, workers=workers)
+            return score_defense(cell.request, _Stoppable(bar, stop), workers=workers)
         finally:
             bar.end()
 
     with ThreadPoolExecutor(side_by_side) as pool:
-        futures = {pool.submit(one, cell): cell for cell in cells if cell.record is None}
         try:
+            futures = {pool.submit(one, cell): cell for cell in cells if cell.record is None}
             for future in as_completed(list(futures)):
                 # Its images go with it: of a sweep of many cells only the records stay.
                 outcome = _outcome(futures.pop(future), future, uri)
@@ -223,11 +224,39 @@ def run_sweep(cells: Sequence[Cell], *, side_by_side: int, uri: str | None, bars
                 )
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
             workers.end()
             raise
         finally:
             overall.end()
     return [outcomes[cell.name] for cell in cells]
+
+
+class _StoppedError(BaseException):
+    """The sweep is being ended; like an interrupt, it leaves a run directory as it is."""
+
+
+class _Stoppable:
+    """Ends a cell at its next step once the sweep is stopped: some of its work is done here, in no process to kill."""
+
+    def __init__(self, inner: Progress, stop: threading.Event) -> None:
+        self._inner, self._stop = inner, stop
+
+    def begin(self, stage: str, total: int) -> None:
+        self._check()
+        self._inner.begin(stage, total)
+
+    def advance(self, steps: int = 1) -> None:
+        self._check()
+        self._inner.advance(steps)
+
+    def note(self, **values: float) -> None:
+        self._check()
+        self._inner.note(**values)
+
+    def _check(self) -> None:
+        if self._stop.is_set():
+            raise _StoppedError
 
 
 def _outcome(cell: Cell, future: Future[Scored], uri: str | None) -> Outcome:

@@ -288,6 +288,31 @@ def test_whatever_a_cell_ends_with_is_a_sentence(run, write, monkeypatch, error,
     assert done.stdout.count(sentence) == 2
 
 
+def test_an_interrupt_ends_work_that_is_done_in_this_process_too(write, monkeypatch):
+    """Surrogates are trained in the sweep's own process, where no worker can be killed."""
+    ended = []
+
+    def score(request, bar, *, workers):
+        if request.seed == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        deadline = time.monotonic() + 30
+        try:
+            while time.monotonic() < deadline:
+                bar.advance()
+                time.sleep(0.01)
+        except BaseException as error:
+            ended.append(isinstance(error, Exception))
+            raise
+
+    monkeypatch.setattr(sweeps, "score_defense", score)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        sweeps.run_sweep(cells_of(write()), side_by_side=2, uri=None, bars=Bars(Console(file=io.StringIO())))
+    assert time.monotonic() - began < 20
+    # An ordinary error could make the run take its journal away.
+    assert ended == [False, False]
+
+
 def test_a_store_that_fails_loses_no_record(one_process, run, write, tmp_path, monkeypatch):
     """The cell is finished all the same; the next sweep logs it, and the one after that has nothing to do."""
 
