@@ -294,6 +294,7 @@ def test_an_interrupt_ends_work_that_is_done_in_this_process_too(write, monkeypa
 
     def score(request, bar, *, workers):
         if request.seed == 1:
+            time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGINT)
         deadline = time.monotonic() + 30
         try:
