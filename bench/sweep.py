@@ -8,6 +8,7 @@ tries the failed ones anew.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
@@ -22,6 +23,7 @@ from robustboard.bench.entrants import TrainedEntrant, is_path
 from robustboard.bench.environment import threads_for
 from robustboard.bench.finished import finished
 from robustboard.bench.journal import FILE as JOURNAL
+from robustboard.bench.journal import alone
 from robustboard.bench.process import Workers
 from robustboard.bench.progress import Bars
 from robustboard.bench.score import Prepared, Request, Scored, prepare, score_defense
@@ -29,7 +31,7 @@ from robustboard.bench.sweepfile import SweepFile
 from robustboard.defenses.adapter import Progress
 from robustboard.errors import OutputError, RobustBoardError, SweepError, TrackingError, first_line
 from robustboard.files import require_writable
-from robustboard.leaderboard.record import Record
+from robustboard.leaderboard.record import RECORD_FILE, Record
 
 _MOST_CELLS = 10_000
 
@@ -200,6 +202,8 @@ def run_sweep(cells: Sequence[Cell], *, side_by_side: int, uri: str | None, bars
     """
     overall = bars.job("sweep")
     overall.begin("cells", len(cells))
+    for cell in cells:
+        _tidy(cell)
     outcomes = {cell.name: outcome for cell, outcome in zip(cells, _logged_late(cells, uri), strict=True) if outcome}
     overall.advance(len(outcomes))
     workers, stop = Workers(), threading.Event()
@@ -230,6 +234,20 @@ def run_sweep(cells: Sequence[Cell], *, side_by_side: int, uri: str | None, bars
         finally:
             overall.end()
     return [outcomes[cell.name] for cell in cells]
+
+
+def _tidy(cell: Cell) -> None:
+    """Take away the journal of a finished run that was killed between its record and its end.
+
+    One that is younger than the record belongs to a later run, which somebody may go on with.
+    """
+    journal, record = cell.folder / JOURNAL, cell.folder / "record" / RECORD_FILE
+    if cell.record is None or not journal.exists():
+        return
+    # Whoever works there needs its journal, and takes it away.
+    with contextlib.suppress(OSError, OutputError), alone(cell.folder):
+        if journal.stat().st_mtime_ns <= record.stat().st_mtime_ns:
+            journal.unlink()
 
 
 class _StoppedError(BaseException):

@@ -80,6 +80,12 @@ def one_process(process, monkeypatch):
 
 
 @pytest.fixture
+def quick(monkeypatch):
+    """Without the diagnostic that trains networks of its own: half of the time of such small cells."""
+    monkeypatch.setattr(scoring, "surrogates_of", lambda *_, **__: ())
+
+
+@pytest.fixture
 def write(tmp_path):
     """Write the track and a sweep beside it; returns the sweep's path."""
 
@@ -208,7 +214,7 @@ def moody(make_submission, tmp_path):
     return f"{manifest.parent.name}/{manifest.name}", flag
 
 
-def test_one_that_fails_stops_no_other_and_is_tried_again(run, write, moody, tmp_path):
+def test_one_that_fails_stops_no_other_and_is_tried_again(quick, run, write, moody, tmp_path):
     name, flag = moody
     path = write(TWO.replace("[0, 1]", "[1]").replace('"standard"]', f'"{name}", "standard"]'))
     first = run(path, "--no-mlflow")
@@ -233,7 +239,7 @@ def test_one_that_fails_stops_no_other_and_is_tried_again(run, write, moody, tmp
     assert record.stat().st_mtime_ns == written
 
 
-def test_a_finished_record_of_something_else_is_not_taken(one_process, run, write, tmp_path, monkeypatch):
+def test_a_finished_record_of_something_else_is_not_taken(one_process, quick, run, write, tmp_path, monkeypatch):
     path = write(TWO.replace("[0, 1]", "[0]"))
     assert run(path, "--no-mlflow").exit_code == 0
     (cell,) = cells_of(path)
@@ -244,6 +250,14 @@ def test_a_finished_record_of_something_else_is_not_taken(one_process, run, writ
     with monkeypatch.context() as patched:
         patched.setattr(finishing, "package_versions", lambda: {"robustboard": "9.9"})
         assert [one.state for one in cells_of(path)] == ["begun"]
+    # Killed between its record and its end, a run leaves its journal; a younger one belongs to a later run.
+    for age, left in ((-1, False), (1, True)):
+        journal, record = cell.folder / "journal.bin", cell.folder / "record" / "record.json"
+        journal.touch()
+        os.utime(journal, ns=(record.stat().st_mtime_ns + age * 10**9,) * 2)
+        assert run(path, "--no-mlflow").exit_code == 0
+        assert journal.exists() is left
+    journal.unlink()
     (tmp_path / "track.toml").write_text(TRACK.replace("200", "190"))
     assert [one.state for one in cells_of(path)] == ["begun"]
     (tmp_path / "track.toml").write_text(TRACK)
@@ -258,7 +272,7 @@ def test_another_function_of_the_same_files_is_another_cell(make_submission):
     assert SubmittedEntrant(manifest).key != one
 
 
-def test_a_cell_that_another_process_works_on_is_left_to_it(one_process, run, write, tmp_path):
+def test_a_cell_that_another_process_works_on_is_left_to_it(one_process, quick, run, write, tmp_path):
     path = write()
     with alone(cells_of(path)[0].folder):
         done = run(path, "--no-mlflow", "--json")
@@ -314,7 +328,7 @@ def test_an_interrupt_ends_work_that_is_done_in_this_process_too(write, monkeypa
     assert ended == [False, False]
 
 
-def test_a_store_that_fails_loses_no_record(one_process, run, write, tmp_path, monkeypatch):
+def test_a_store_that_fails_loses_no_record(one_process, quick, run, write, tmp_path, monkeypatch):
     """The cell is finished all the same; the next sweep logs it, and the one after that has nothing to do."""
 
     def refuse(*_, **__):
