@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -129,16 +130,15 @@ def _requests(sweep: SweepFile, path: Path, base: Request) -> Iterator[Request]:
             raise SweepError(
                 f"{path}: hyper.{name} belongs to no defense of this sweep that is trained here; there is {trained}."
             )
+    count = len(sweep.tracks) * sum(_count(sweep, defense) for defense in sweep.defenses)
+    if count > _MOST_CELLS:
+        raise SweepError(f"{path}: these are {count} cells, and a sweep has {_MOST_CELLS} at most; write several.")
     combinations = [
         (defense, settings, seed)
         for defense in sweep.defenses
         for settings in _settings(sweep.hyper.get(defense, {}))
-        # A submission is trained already.
-        for seed in ((0,) if is_path(defense) else sweep.seeds)
+        for seed in _seeds(sweep, defense)
     ]
-    count = len(sweep.tracks) * len(combinations)
-    if count > _MOST_CELLS:
-        raise SweepError(f"{path}: these are {count} cells, and a sweep has {_MOST_CELLS} at most; write several.")
     for track, (defense, settings, seed) in itertools.product(sweep.tracks, combinations):
         yield replace(
             base,
@@ -148,6 +148,16 @@ def _requests(sweep: SweepFile, path: Path, base: Request) -> Iterator[Request]:
             seed=seed,
             run_dir=None,
         )
+
+
+def _seeds(sweep: SweepFile, defense: str) -> Sequence[int]:
+    """A submission is trained already, so it is judged once."""
+    return (0,) if is_path(defense) else sweep.seeds
+
+
+def _count(sweep: SweepFile, defense: str) -> int:
+    """How many cells of a defense there are on each track."""
+    return math.prod(map(len, sweep.hyper.get(defense, {}).values())) * len(_seeds(sweep, defense))
 
 
 def _settings(choices: Mapping[str, Sequence[object]]) -> Iterator[dict[str, str]]:
@@ -162,7 +172,7 @@ def _text(value: object) -> str:
 
 def _beside(path: Path, name: str) -> str:
     """A path relative to the sweep's folder; a name stays what it is."""
-    return str(path.parent / name) if is_path(name) else name
+    return str(path.absolute().parent / name) if is_path(name) else name
 
 
 def _found(request: Request, side_by_side: int) -> Cell:
@@ -280,7 +290,8 @@ class _Stoppable:
 def _outcome(cell: Cell, future: Future[Scored], uri: str | None) -> Outcome:
     error = future.exception()
     if error is not None:
-        if not isinstance(error, Exception) or os.environ.get("ROBUSTBOARD_DEBUG"):
+        known = isinstance(error, RobustBoardError | OSError)
+        if not isinstance(error, Exception) or (os.environ.get("ROBUSTBOARD_DEBUG") and not known):
             raise error
         return Outcome(cell, "failed", None, *_reason(error))
     scored = future.result()

@@ -183,6 +183,8 @@ def test_cells_side_by_side_share_out_the_cores(write, monkeypatch):
         (f"side_by_side = 0\n{TWO}", "side_by_side must be greater than or equal to 1"),
         (f"attack_engine = 'warp'\n{TWO}", "attack_engine must be 'cascade', 'reference' or 'fast', not 'warp'"),
         (TWO.replace("[0, 1]", str(list(range(10_001)))), "these are 10001 cells"),
+        # Counted before they are written down: there is no room for so many.
+        (TWO + "".join(f"{key} = {list(range(100))}\n" for key in "abcdefgh"), "these are 20000000000000000 cells"),
         ("# " + "x" * (1 << 20), "larger than one megabyte"),
     ],
 )
