@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c '' 2>/dev/nu
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help env system demo test test-slow lint types docs bench site constraints clean
+.PHONY: help env system demo test test-slow lint types docs bench soak site constraints clean
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -46,6 +46,9 @@ docs: env  ## the commands and links of README and docs/
 
 bench: env  ## speed, as ratios measured in one run
 	$(BIN)/pytest benchmarks --benchmark-enable --benchmark-only -p no:cacheprovider --page docs/performance.md
+
+soak: env  ## kill an evaluation at random moments for five minutes, and compare what comes out
+	$(BIN)/python benchmarks/soak.py --minutes 5
 
 site: env  ## the board from runs/
 	$(BIN)/robustboard leaderboard --out site
