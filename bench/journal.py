@@ -29,9 +29,19 @@ from robustboard.bench.channel import Array, decoded, encoded
 from robustboard.bench.operations import Reply
 from robustboard.bench.session import LEARNT, Session
 from robustboard.errors import OutputError, WorkerError
+from robustboard.files import remove_leftovers
 
 FILE = "journal.bin"
 LOCK = ".lock"
+
+# The files that a run makes or replaces as a whole.
+_WRITTEN = (
+    "model.safetensors",
+    "adversarial.npz",
+    "seed-breaks.npz",
+    "checkpoints/*.pt",
+    "surrogates/*/*.pt",
+)
 
 _HEAD = struct.Struct("<4s32s")
 _MAGIC = b"RBj1"
@@ -237,7 +247,8 @@ class Journaled:
 def alone(folder: Path) -> Iterator[None]:
     """Hold a run directory for this process alone; the lock goes with the process, however it ends.
 
-    A folder that is made for this and still empty at the end goes too.
+    Half-written files of a process that was killed here are removed. A folder that is made for this and still empty at
+    the end goes too.
 
     Raises:
         OutputError: if another process holds it, or it cannot be made.
@@ -245,6 +256,8 @@ def alone(folder: Path) -> Iterator[None]:
     made = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
     handle = _locked(folder)
     try:
+        for pattern in _WRITTEN:
+            remove_leftovers(folder, pattern)
         yield
     finally:
         # First the file, then the lock: whoever opened the file in between sees that it is no longer there.

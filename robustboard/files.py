@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +43,21 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove the temporary files of `replace_file` that killed processes left behind; nobody may be writing them.
+
+    Args:
+        folder: where to look.
+        pattern: of the files that were to be made, relative to the folder, such as `checkpoints/*.pt`.
+    """
+    above, _, name = pattern.rpartition("/")
+    for file in folder.glob(f"{above}/.{name}.*" if above else f".{name}.*"):
+        # What `tempfile` puts at the end of a name.
+        if re.fullmatch("[a-z0-9_]{8}", file.name.rpartition(".")[2]):
+            with contextlib.suppress(OSError):
+                file.unlink()
 
 
 def require_writable(folder: Path, name: str) -> None:

@@ -126,6 +126,29 @@ def test_two_processes_do_not_share_a_run_directory(tmp_path):
         pass
 
 
+def test_half_written_files_of_a_killed_process_go_and_nothing_else(tmp_path):
+    """A kill in the middle of a checkpoint would else leave its size on the disk each time; the soak found this."""
+    run = tmp_path / "run"
+    gone = [
+        "checkpoints/.pgd-at.pt.ex8cj5yl",
+        ".model.safetensors.abcd_123",
+        "surrogates/standard/.standard.pt.00000000",
+    ]
+    stay = [
+        "checkpoints/pgd-at.pt",
+        "model.safetensors",
+        ".model.safetensors.Settings",
+        ".bashrc.12345678",
+        "x/.y.pt.abcdefgh",
+    ]
+    for name in (*gone, *stay):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+    with alone(run):
+        left = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
+    assert left == {*stay, ".lock"}
+
+
 class _Counting:
     """A session that answers with the number of the call."""
 
