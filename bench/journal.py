@@ -147,8 +147,10 @@ class Journal:
 
     def remarks(self) -> list[str]:
         """The remarks of earlier runs, in order; each is given once."""
-        found = iter(lambda: self.recall(_REMARK), None)
-        return [str(one.values["text"]) for one in found if one is not None]
+        found = []
+        while (one := self.recall(_REMARK)) is not None:
+            found.append(str(one.values["text"]))
+        return found
 
     def remove(self) -> None:
         """Take the file away, when the run's record is written."""
