@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from robustboard.bench.cli_options import AsJson, DataDir, Download, LoadSeconds, print_json
+from robustboard.bench import cli_sync
+from robustboard.bench.cli_options import AsJson, DataDir, Download, Jobs, LoadSeconds, Ray, print_json
 from robustboard.errors import FindingError, SweepError
 
 if TYPE_CHECKING:
@@ -31,9 +32,8 @@ def sweep(
     side_by_side: Annotated[
         int | None, typer.Option(min=1, max=256, help="Cells that are worked on at a time [default: the file's, or 1].")
     ] = None,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, max=256, help="Processes of each cell [default: the file's, or 1].")
-    ] = None,
+    jobs: Jobs = None,
+    ray: Ray = None,
     runs: Annotated[Path, typer.Option("--runs", help="Folder of run directories and of the MLflow store.")] = Path(
         "runs"
     ),
@@ -53,7 +53,7 @@ def sweep(
     """Train and judge every cell of a sweep; the same command goes on where an earlier one stopped."""
     from robustboard.bench import mlflow_store
     from robustboard.bench.progress import Bars
-    from robustboard.bench.score import Request
+    from robustboard.bench.request import Request
     from robustboard.bench.sweep import Outcome, plan, run_sweep
     from robustboard.bench.sweepfile import read_sweep
 
@@ -67,6 +67,7 @@ def sweep(
         device=said.device,
         threads=said.threads,
         jobs=jobs or said.jobs,
+        ray=ray,
         engine=said.attack_engine,
         complete=said.complete,
         attack_seeds=said.attack_seeds,
@@ -74,11 +75,13 @@ def sweep(
         data_dirs=tuple(data_dir or ()),
         download=download,
         load_seconds=load_seconds,
+        logged=not no_mlflow,
     )
+    console = Console(stderr=True)
     uri = None if no_mlflow or dry_run else mlflow_store.store_uri(mlflow, runs)
     if uri is not None:
-        mlflow_store.check(uri)
-    with Bars(Console(stderr=True)) as bars:
+        cli_sync.check_store(uri, console)
+    with Bars(console) as bars:
         bar = bars.job("sweep")
         cells = plan(said, file, base, side_by_side=at_a_time, progress=bar)
         bar.end()
@@ -93,6 +96,9 @@ def sweep(
         _print(outcomes)
         if not dry_run:
             typer.echo(f"\nBoard:  robustboard leaderboard --records {runs} --out site")
+    owed = sum(outcome.owed for outcome in outcomes)
+    if owed and uri is not None:
+        cli_sync.say_owed(owed, runs, uri, console)
     _refuse_failures(outcomes)
 
 

@@ -77,11 +77,8 @@ def log_owed(folder: Path, uri: str, console: Console) -> None:
     """
     from robustboard.bench import mlflow_store, owed
 
-    words = ["robustboard", "sync", str(folder.parent)]
     shown = mlflow_store.without_password(uri)
-    if uri != os.environ.get("MLFLOW_TRACKING_URI"):
-        words += ["--mlflow", shown]
-    safe = f"The record itself is safe in {folder}; log it with: {shlex.join(words)}"
+    safe = f"The record itself is safe in {folder}; log it with: {_command(folder.parent, uri)}"
     try:
         owed.log(folder, uri)
     except (StoreAwayError, OutputError) as error:
@@ -90,6 +87,20 @@ def log_owed(folder: Path, uri: str, console: Console) -> None:
     except TrackingError as error:
         raise TrackingError(f"{error} {safe}") from error
     _say(f"Logged to {shown}", console)
+
+
+def say_owed(count: int, runs: Path, uri: str, console: Console) -> None:
+    """Tell of records that wait for a store that is away."""
+    _say(f"Still owed to the store, which is away: {_records(count)}; log with: {_command(runs, uri)}", console)
+
+
+def _command(place: Path, uri: str) -> str:
+    from robustboard.bench import mlflow_store
+
+    words = ["robustboard", "sync", str(place)]
+    if uri != os.environ.get("MLFLOW_TRACKING_URI"):
+        words += ["--mlflow", mlflow_store.without_password(uri)]
+    return shlex.join(words)
 
 
 def _records(count: int) -> str:

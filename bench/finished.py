@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from robustboard.bench.environment import machine, package_versions, python_version, source_commit
-from robustboard.bench.score import Prepared, Request
+from robustboard.bench.request import Prepared, Request
 from robustboard.errors import RecordError
 from robustboard.leaderboard.record import RECORD_FILE, Record, load
 

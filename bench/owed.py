@@ -73,6 +73,11 @@ def forget(folder: Path) -> None:
         raise OutputError(f"{_file(folder)} cannot be removed: {error.strerror or error}.") from error
 
 
+def is_owed(folder: Path) -> bool:
+    """Whether the record in `folder` is noted as owed."""
+    return _file(folder).exists()
+
+
 def find(place: Path) -> list[Path]:
     """The folders of the records that are owed in a run directory, or at any depth below a folder.
 

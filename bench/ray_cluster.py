@@ -29,6 +29,8 @@ LOCAL: Final = "auto"
 REPLACE_SECONDS: Final = 120.0
 """Where a node is lost there may be no room for its worker any more."""
 
+# The address of this process's connection, while there is one.
+_open: set[str] = set()
 _REACH_SECONDS = 5.0
 _MOST_JOBS = 64
 # A socket's path may have 107 characters, and Ray's own part of it has 75.
@@ -93,6 +95,9 @@ class Cluster:
 def connected(address: str, demand: Demand) -> Iterator[Cluster]:
     """Connect to a cluster, or start one on this machine; the connection, or that cluster, ends with the context.
 
+    A process has one connection. Contexts inside that one, also in other threads, share it if they name its address; it
+    has to outlast them.
+
     Args:
         address: HOST:PORT of the cluster's head, on a machine of the cluster; or `LOCAL`.
         demand: what is asked of it.
@@ -102,6 +107,10 @@ def connected(address: str, demand: Demand) -> Iterator[Cluster]:
     """
     if demand.device.startswith("cuda:"):
         raise ClusterError(f"On a cluster Ray hands out the GPUs: give --device cuda, not {demand.device}.")
+    if address in _open:
+        ray = _imported()
+        yield Cluster(demand, _jobs(demand, ray.nodes(), ray.available_resources()))
+        return
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment(_SETTINGS))
         ray = _imported()
@@ -111,6 +120,8 @@ def connected(address: str, demand: Demand) -> Iterator[Cluster]:
             stack.enter_context(_started(ray, demand))
         else:
             stack.enter_context(_joined(ray, address))
+        _open.add(address)
+        stack.callback(_open.discard, address)
         yield Cluster(demand, _jobs(demand, ray.nodes(), ray.available_resources()))
 
 

@@ -19,24 +19,33 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from robustboard.bench import tracking
+from robustboard.bench import owed
 from robustboard.bench.entrants import TrainedEntrant, is_path
 from robustboard.bench.environment import threads_for
 from robustboard.bench.finished import finished
 from robustboard.bench.journal import FILE as JOURNAL
 from robustboard.bench.journal import alone
-from robustboard.bench.process import Workers
 from robustboard.bench.progress import Bars
-from robustboard.bench.score import Prepared, Request, Scored, prepare, score_defense
+from robustboard.bench.remote import Workers
+from robustboard.bench.request import Prepared, Request, prepare
+from robustboard.bench.score import Scored, score_defense
 from robustboard.bench.sweepfile import SweepFile
 from robustboard.defenses.adapter import Progress
-from robustboard.errors import OutputError, RobustBoardError, SweepError, TrackingError, first_line
+from robustboard.errors import OutputError, RobustBoardError, StoreAwayError, SweepError, first_line
 from robustboard.files import require_writable
 from robustboard.leaderboard.record import RECORD_FILE, Record
 
 _MOST_CELLS = 10_000
 
 State = Literal["to do", "begun", "finished", "scored", "failed"]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Shape (N, C, H, W) and size in memory of the images that a cell is judged on."""
+
+    shape: tuple[int, ...]
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Cell:
         seed: of the training; None for a submission.
         settings: the hyper-parameters that the sweep sets.
         folder: the run directory.
+        images: what it is judged on, as floats.
         record: of the finished run, if there is one.
         begun: whether the run directory holds something to go on from.
     """
@@ -60,6 +70,7 @@ class Cell:
     seed: int | None
     settings: Mapping[str, str]
     folder: Path
+    images: Images
     record: Record | None
     begun: bool
 
@@ -82,6 +93,7 @@ class Outcome:
         cell: which.
         state: `finished` before this sweep, `scored` by it, or `failed`.
         record: where there is one.
+        owed: whether the record has to wait for an MLflow store that is away.
         reason: why it failed, or could not be logged: a sentence.
         exit_code: of that error.
     """
@@ -89,6 +101,7 @@ class Outcome:
     cell: Cell
     state: State
     record: Record | None = None
+    owed: bool = False
     reason: str = ""
     exit_code: int = 0
 
@@ -177,8 +190,10 @@ def _beside(path: Path, name: str) -> str:
 
 def _found(request: Request, side_by_side: int) -> Cell:
     made = prepare(request)
-    numbers = made.examples.images[0].size
-    threads = request.threads or threads_for(numbers, jobs=request.jobs * side_by_side)
+    threads = made.threads
+    if request.ray is None:
+        numbers = made.examples.images[0].size
+        threads = request.threads or threads_for(numbers, jobs=(request.jobs or 1) * side_by_side)
     record = finished(request, made)
     return Cell(
         replace(request, threads=threads),
@@ -187,6 +202,7 @@ def _found(request: Request, side_by_side: int) -> Cell:
         request.seed if isinstance(made.entrant, TrainedEntrant) else None,
         {name: str(value) for name, value in request.overrides.items()},
         made.folder,
+        Images(made.examples.images.shape, 4 * made.examples.images.size),
         record,
         record is None and _begun(made),
     )
@@ -210,12 +226,15 @@ def run_sweep(cells: Sequence[Cell], *, side_by_side: int, uri: str | None, bars
     Returns:
         What became of each cell, in the order of `cells`.
     """
-    overall = bars.job("sweep")
+    overall, store = bars.job("sweep"), _Store(uri)
     overall.begin("cells", len(cells))
+    outcomes = dict[str, Outcome]()
     for cell in cells:
         _tidy(cell)
-    outcomes = {cell.name: outcome for cell, outcome in zip(cells, _logged_late(cells, uri), strict=True) if outcome}
-    overall.advance(len(outcomes))
+        if cell.record is not None:
+            outcomes[cell.name] = store.log(Outcome(cell, "finished", cell.record))
+            overall.advance()
+    left = [cell for cell in cells if cell.record is None]
     workers, stop = Workers(), threading.Event()
 
     def one(cell: Cell) -> Scored:
@@ -225,12 +244,14 @@ def run_sweep(cells: Sequence[Cell], *, side_by_side: int, uri: str | None, bars
         finally:
             bar.end()
 
-    with ThreadPoolExecutor(side_by_side) as pool:
+    with _ground(left, side_by_side) as ready, ThreadPoolExecutor(side_by_side) as pool:
         try:
-            futures = {pool.submit(one, cell): cell for cell in cells if cell.record is None}
+            futures = {pool.submit(one, cell): cell for cell in ready}
             for future in as_completed(list(futures)):
                 # Its images go with it: of a sweep of many cells only the records stay.
-                outcome = _outcome(futures.pop(future), future, uri)
+                outcome = _outcome(futures.pop(future), future)
+                if outcome.record is not None:
+                    outcome = store.log(outcome)
                 outcomes[outcome.cell.name] = outcome
                 overall.advance()
                 bars.console.print(
@@ -287,44 +308,66 @@ class _Stoppable:
             raise _StoppedError
 
 
-def _outcome(cell: Cell, future: Future[Scored], uri: str | None) -> Outcome:
+def _outcome(cell: Cell, future: Future[Scored]) -> Outcome:
     error = future.exception()
     if error is not None:
         known = isinstance(error, RobustBoardError | OSError)
         if not isinstance(error, Exception) or (os.environ.get("ROBUSTBOARD_DEBUG") and not known):
             raise error
         return Outcome(cell, "failed", None, *_reason(error))
-    scored = future.result()
-    if uri is None:
-        return Outcome(cell, "scored", scored.record)
-    try:
-        tracking.log_record(scored.record, scored.folder, uri=uri, images=scored.images, training=scored.training)
-    except TrackingError as unlogged:
-        return _unlogged(cell, "scored", scored.record, unlogged)
-    return Outcome(cell, "scored", scored.record)
+    return Outcome(cell, "scored", future.result().record)
 
 
-def _logged_late(cells: Sequence[Cell], uri: str | None) -> Iterator[Outcome | None]:
-    """What is there of finished cells; one whose sweep was killed before it was logged is logged now."""
-    done = [cell for cell in cells if cell.record is not None]
-    known = tracking.logged_tables(uri) if uri is not None and done else frozenset()
-    for cell in cells:
-        record = cell.record
-        if record is None:
-            yield None
-        elif uri is None or (tracking.run_tag(cell.folder / "record"), record.outcomes_sha256) in known:
-            yield Outcome(cell, "finished", record)
-        else:
-            try:
-                images = prepare(cell.request).examples.floats()
-                tracking.log_record(record, cell.folder / "record", uri=uri, images=images, training=())
-                yield Outcome(cell, "finished", record)
-            except TrackingError as error:
-                yield _unlogged(cell, "finished", record, error)
+class _Store:
+    """Where records are logged. Once it is away no cell waits for it any more: they are owed to it.
+
+    Args:
+        uri: of the MLflow store; None for none.
+    """
+
+    def __init__(self, uri: str | None) -> None:
+        self._uri, self._away = uri, False
+
+    def log(self, outcome: Outcome) -> Outcome:
+        """Log a record, unless it is logged already; says what became of that."""
+        cell, record = outcome.cell, outcome.record
+        if self._uri is None or record is None:
+            return outcome
+        folder = cell.folder / "record"
+        try:
+            # A finished run may have been killed before it was logged, or may have been asked not to log.
+            if not owed.is_owed(folder):
+                owed.owe(record, folder, images=cell.images, training=())
+            if not self._away:
+                owed.log(folder, self._uri)
+        except StoreAwayError:
+            self._away = True
+        except RobustBoardError as error:
+            reason = f"{error} The record itself is safe in {cell.folder}."
+            return replace(outcome, reason=reason, exit_code=error.exit_code)
+        return replace(outcome, owed=self._away)
 
 
-def _unlogged(cell: Cell, state: State, record: Record, error: TrackingError) -> Outcome:
-    return Outcome(cell, state, record, f"{error} The record itself is safe in {cell.folder}.", error.exit_code)
+@contextlib.contextmanager
+def _ground(cells: Sequence[Cell], side_by_side: int) -> Iterator[Sequence[Cell]]:
+    """The cells with what they need to run: on a Ray cluster one connection for all, and an equal share of its room."""
+    if not cells or cells[0].request.ray is None:
+        yield cells
+        return
+    from robustboard.bench.ray_cluster import Demand, connected
+
+    asked = cells[0].request
+    at_a_time = min(side_by_side, len(cells))
+    demand = Demand(
+        asked.device,
+        max(cell.request.threads or 1 for cell in cells),
+        asked.jobs * at_a_time if asked.jobs else None,
+        max(cell.images.shape[0] for cell in cells) * at_a_time,
+        asked.load_seconds,
+    )
+    with connected(asked.ray, demand) as cluster:
+        jobs = max(1, cluster.jobs // at_a_time)
+        yield [replace(cell, request=replace(cell.request, jobs=jobs)) for cell in cells]
 
 
 def _reason(error: Exception) -> tuple[str, int]:

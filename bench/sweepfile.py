@@ -60,7 +60,7 @@ class SweepFile(BaseModel):
     attack_engine: Literal["cascade", "reference", "fast"] = "cascade"
     device: Name = "cpu"
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    jobs: Annotated[int, Field(ge=1, le=256)] = 1
+    jobs: Annotated[int, Field(ge=1, le=256)] | None = None
     side_by_side: Annotated[int, Field(ge=1, le=256)] = 1
     hyper: dict[str, dict[str, Choices]] = Field(default_factory=dict)
 

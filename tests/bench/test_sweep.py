@@ -11,26 +11,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from mlflow_runs import whole
 from rich.console import Console
 from typer.testing import CliRunner
 
 from robustboard.bench import finished as finishing
+from robustboard.bench import places, tracking
 from robustboard.bench import score as scoring
 from robustboard.bench import sweep as sweeps
-from robustboard.bench import tracking
 from robustboard.bench.cli import app
 from robustboard.bench.entrants import SubmittedEntrant
 from robustboard.bench.journal import alone
-from robustboard.bench.mlflow_store import local_uri
+from robustboard.bench.mlflow_store import local_uri, open_store
+from robustboard.bench.patience import SECONDS
 from robustboard.bench.process import WorkerProcess
 from robustboard.bench.progress import Bars
-from robustboard.bench.score import Request, prepare
+from robustboard.bench.request import Request, prepare
 from robustboard.bench.sweep import plan
 from robustboard.bench.sweepfile import read_sweep
 from robustboard.defenses.adapter import NoProgress
@@ -76,7 +77,8 @@ def process():
 @pytest.fixture
 def one_process(process, monkeypatch):
     """All cells of the test in one process after another: starting one takes longer than what is asked of it here."""
-    monkeypatch.setattr(scoring, "WorkerProcess", lambda **_: nullcontext(process))
+    monkeypatch.setattr(places, "WorkerProcess", lambda **_: process)
+    monkeypatch.setattr(process, "close", lambda: None)
 
 
 @pytest.fixture
@@ -346,10 +348,28 @@ def test_a_store_that_fails_loses_no_record(one_process, quick, run, write, tmp_
     assert "it is full" in one["reason"]
 
     monkeypatch.setattr(sweeps, "score_defense", None)
-    assert run(path, "--json").exit_code == 0
-    assert len(tracking.read_records(local_uri(tmp_path / "runs"))) == 1
-    monkeypatch.setattr(tracking, "log_record", None)
-    assert [one["state"] for one in json.loads(run(path, "--json").stdout)] == ["finished"]
+    for _ in range(2):
+        done = run(path, "--json")
+        assert done.exit_code == 0
+        assert [one["state"] for one in json.loads(done.stdout)] == ["finished"]
+        uri = local_uri(tmp_path / "runs")
+        with open_store(uri, make=False) as client:
+            whole(client, uri, tracking.run_key(load(Path(one["folder"]) / "record"), Path(one["folder"]) / "record"))
+
+
+def test_no_cell_waits_for_a_store_that_is_away(one_process, quick, run, write, tmp_path, monkeypatch):
+    """Both records are owed, the sweep ends well, and `sync` logs them."""
+    monkeypatch.setenv(SECONDS, "0")
+    asked = []
+    log = tracking.log_record
+    monkeypatch.setattr(tracking, "log_record", lambda *args, **more: asked.append(0) or log(*args, **more))
+    done = run(write(TWO), "--mlflow", "http://127.0.0.1:9")
+    assert done.exit_code == 0, done.output
+    assert "Still owed to the store, which is away: 2 records" in " ".join(done.output.split())
+    assert len(asked) == 1
+    logged = CliRunner().invoke(app, ["sync", str(tmp_path / "runs"), "--mlflow", local_uri(tmp_path / "runs")])
+    assert logged.exit_code == 0, logged.output
+    assert len(tracking.read_records(local_uri(tmp_path / "runs"))) == 2
 
 
 @pytest.fixture
