@@ -61,6 +61,23 @@ class OneAtATime:
             self._inner.note(**values)
 
 
+class Budget:
+    """Moves a bar by one example's budget: as its work is told, and at its end by what was not needed."""
+
+    def __init__(self, nodes: int, progress: Progress) -> None:
+        self._left, self._progress = nodes, progress
+
+    def advance(self, steps: int) -> None:
+        """Tell of some work."""
+        told = min(steps, self._left)
+        self._left -= told
+        self._progress.advance(told)
+
+    def finish(self) -> None:
+        """The example is done."""
+        self.advance(self._left)
+
+
 def asked(session: Session, requests: Iterable[Request]) -> Iterator[tuple[Request, Reply]]:
     """The questions with their answers, in the order of the questions.
 

@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 
 from robustboard.attacks.keyed import derive_seed
+from robustboard.bench.answers import Floats
 from robustboard.bench.cascade import attack
-from robustboard.bench.examiner import Examiner, Floats
+from robustboard.bench.examiner import Examiner
 from robustboard.bench.protocol import Examples, Track
 from robustboard.bench.session import Session
 from robustboard.bench.verdicts import COMPLETE, Flags, Verdicts

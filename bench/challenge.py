@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from robustboard.bench.examiner import Examiner, Floats
+from robustboard.bench.answers import Floats
+from robustboard.bench.examiner import Examiner
 from robustboard.bench.perturbed_file import Perturbed, read_perturbed, write_perturbed
 from robustboard.bench.process import WorkerProcess
 from robustboard.bench.recall import Located, Recalled, bring_back, last, locate, recall_entrant, recall_examples

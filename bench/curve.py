@@ -27,12 +27,13 @@ import torch
 
 from robustboard.attacks.keyed import derive_seed
 from robustboard.attacks.threat import ThreatModel
+from robustboard.bench.answers import Floats
 from robustboard.bench.cascade import THOROUGH, settle
 from robustboard.bench.crossed_audit import Audit, crossed_audit
 from robustboard.bench.datasets import data_folders, load_dataset
 from robustboard.bench.entrants import find_entrant
 from robustboard.bench.environment import threads_for
-from robustboard.bench.examiner import Examiner, Floats
+from robustboard.bench.examiner import Examiner
 from robustboard.bench.process import WorkerProcess
 from robustboard.bench.protocol import Examples, Track, load_track, resolve, select
 from robustboard.bench.remote import LOAD_SECONDS

@@ -18,8 +18,9 @@ import torch
 from robustboard.attacks import keyed
 from robustboard.attacks.attack_comparisons import RESCALED
 from robustboard.bench import measures
+from robustboard.bench.answers import Floats
 from robustboard.bench.diagnostics import BY_NAME, EXAMPLES, TABLE, Evidence, judge_all
-from robustboard.bench.examiner import Examiner, Floats
+from robustboard.bench.examiner import Examiner
 from robustboard.bench.operations import Reply
 from robustboard.bench.surrogates import Surrogates, transferred
 from robustboard.bench.verdicts import Contradiction, Flags, Rows, Verdicts

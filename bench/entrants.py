@@ -19,8 +19,8 @@ from typing import Any
 import numpy.typing as npt
 from safetensors.numpy import save as to_safetensors
 
+from robustboard.bench.answers import StageCost
 from robustboard.bench.datasets import Dataset
-from robustboard.bench.examiner import StageCost
 from robustboard.bench.protocol import Track, training_data
 from robustboard.bench.remote import Worker
 from robustboard.defenses import registry

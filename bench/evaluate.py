@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 
 from robustboard.attacks.engine_warnings import EngineWarning, merged
+from robustboard.bench.answers import Floats, StageCost
 from robustboard.bench.cascade import Engine, judge
 from robustboard.bench.corrupted import Pictures, attack_corrupted, judge_corrupted, made, require_possible
 from robustboard.bench.crossed_audit import Audit
 from robustboard.bench.diagnose import diagnose
-from robustboard.bench.examiner import Examiner, Floats, StageCost
+from robustboard.bench.examiner import Examiner
 from robustboard.bench.official import OfficialFiles
 from robustboard.bench.protocol import Examples, Track
 from robustboard.bench.session import Session

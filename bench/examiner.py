@@ -1,14 +1,13 @@
-"""The questions that an evaluation puts to a model, shard by shard, with their cost and their notes.
+"""The questions that an evaluation puts to a model, with their cost and their notes.
 
-A shard is a canonical batch of the track's order. An attack sees rows of one shard at a time and draws by example, so
-no option of a run can change an answer. A break counts only when the very tensor that is stored lies in the ball and is
+An attack draws by example, so no cut of the rows into parts and no option of a run can change an answer. A shard is a
+canonical batch of the track's order. A break counts only when the very tensor that is stored lies in the ball and is
 misclassified in the canonical pass: its whole shard, with the rows that the attack broke and the others clean, on one
 thread.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,9 +21,11 @@ from robustboard.attacks import own_certificates
 from robustboard.attacks.complete import verify
 from robustboard.attacks.engine_warnings import EngineWarning, read_warnings
 from robustboard.attacks.kernels.apgd import TARGETS
-from robustboard.bench.asking import OneAtATime, Request, asked, attempted
+from robustboard.bench.answers import CompleteAnswer, Floats, Proofs, StageCost
+from robustboard.bench.asking import Budget, OneAtATime, Request, asked, attempted
 from robustboard.bench.channel import Array
 from robustboard.bench.operations import Reply
+from robustboard.bench.parts import LEAST_ATTACKED, LEAST_BOUNDED, parts
 from robustboard.bench.protocol import Examples, Track
 from robustboard.bench.session import Session
 from robustboard.bench.verdicts import Flags, Rows, flags
@@ -32,91 +33,14 @@ from robustboard.defenses.adapter import Progress
 from robustboard.defenses.contract import GRADIENTS
 from robustboard.errors import GateError, ModelError, WorkerError
 
-Floats = npt.NDArray[np.float32]
-
 # Example-forwards that the reference code spends on an example that survives, with ten classes: for progress bars only.
 REFERENCE_FORWARDS = {"apgd_ce": 103, "apgd_t": 920, "fab_t": 1829, "square": 5004}
 
 # Enough to see randomness, NaN or a wrong shape, cheap on any network.
 _CHECKED_IMAGES = 16
 
-# With several jobs, each has so many parts of a stage, so that one that is slow does not hold up the others; parts of
-# fewer examples than that are slower for each, and with fewer than the least a job had better stay idle.
-_SHARES, _GOOD_SHARE, LEAST_SHARE = 2, 64, 8
-# A bound of one example takes as long as an attack on many.
-_LEAST_BOUNDED = 2
-
 # A record holds a hundred sentences.
 _MOST_NOTES = 50
-
-
-@dataclass
-class StageCost:
-    """What one stage cost: seconds of the model's process, and examples passed forward and backward, where counted."""
-
-    seconds: float = 0.0
-    forwards: int | None = 0
-    backwards: int | None = 0
-
-    def add(self, reply: Reply) -> None:
-        """Add what one operation cost."""
-        self.seconds += reply.seconds
-        self.forwards = (self.forwards or 0) + reply.forwards
-        self.backwards = (self.backwards or 0) + reply.backwards
-
-
-@dataclass(frozen=True)
-class CompleteAnswer:
-    """What complete verification says of some rows.
-
-    Attributes:
-        found: perturbed images (N, C, H, W); the clean image where there is no counter-example.
-        methods: for each row the method that proved it, or None.
-        margins: lower bounds (N, K).
-    """
-
-    found: Floats
-    methods: list[str | None]
-    margins: Floats
-
-
-@dataclass(frozen=True)
-class Proofs:
-    """What a bound method says of some rows.
-
-    Attributes:
-        certified: (N,), which of them it proves.
-        margins: lower bounds (N, K) on their margins.
-        excluded: (N, K), the classes that it proves out of reach.
-        wrong: whether the network's own logits contradict one of the method's bounds.
-    """
-
-    certified: Flags
-    margins: Floats
-    excluded: Flags
-    wrong: bool = False
-
-    def void(self) -> Proofs:
-        """The same, with nothing proven."""
-        margins = np.where(np.isposinf(self.margins), self.margins, -np.inf).astype(np.float32)
-        return Proofs(np.zeros_like(self.certified), margins, np.zeros_like(self.excluded), self.wrong)
-
-
-class _Budget:
-    """Moves a bar by one example's budget: as its work is told, and at its end by what was not needed."""
-
-    def __init__(self, nodes: int, progress: Progress) -> None:
-        self._left, self._progress = nodes, progress
-
-    def advance(self, steps: int) -> None:
-        """Tell of some work."""
-        told = min(steps, self._left)
-        self._left -= told
-        self._progress.advance(told)
-
-    def finish(self) -> None:
-        """The example is done."""
-        self.advance(self._left)
 
 
 @dataclass
@@ -228,7 +152,7 @@ class Examiner:
             "losses": list(pgd.losses_for(self.examples.classes)),
             "runs": None if runs is None else list(runs),
         }
-        parts = self._parts(rows, self.track.batch_size)
+        parts = self._parts(rows)
         requests = (self._attack_request("pgd", {**settings, "keys": self._keys(part)}, part) for part in parts)
         return self._found(stage, parts, requests)
 
@@ -247,7 +171,7 @@ class Examiner:
         Returns:
             Which of the rows are broken, and their perturbed images.
         """
-        parts = self._parts(rows, self.track.batch_size)
+        parts = self._parts(rows)
         settings = {
             **self._threat_settings(),
             "stage": attack,
@@ -309,7 +233,7 @@ class Examiner:
             "iterations": self.track.bounds.alpha_iterations,
             "memory_bytes": self.track.bounds.memory_mebibytes << 20,
         }
-        parts = self._parts(rows, self.track.batch_size, least=_LEAST_BOUNDED)
+        parts = self._parts(rows, least=LEAST_BOUNDED)
         asking = [(method, part) for method in methods for part in parts]
         requests = (Request("certify", {**settings, "method": name}, self._rows(part)) for name, part in asking)
         found: dict[str, list[Proofs]] = {method: [] for method in methods}
@@ -345,7 +269,7 @@ class Examiner:
         )
         margins: list[Floats] = []
         singles = [np.array([row]) for row in rows]
-        budgets = [_Budget(nodes, self.progress) for _ in rows]
+        budgets = [Budget(nodes, self.progress) for _ in rows]
         requests = [
             Request("complete", settings, self._rows(one), budget.advance)
             for one, budget in zip(singles, budgets, strict=True)
@@ -450,14 +374,8 @@ class Examiner:
         more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
         return f"example{'s' if len(rows) > 1 else ''} {', '.join(names)}{more}"
 
-    def _parts(self, rows: Rows, most: int, *, least: int = LEAST_SHARE) -> list[Rows]:
-        """Rows in equal parts of at most `most`, and as many as keep every job of the session at work."""
-        count, jobs = math.ceil(len(rows) / most), self.session.jobs
-        if jobs > 1:
-            enough = _SHARES * jobs if len(rows) >= _SHARES * jobs * _GOOD_SHARE else jobs
-            count = max(count, min(enough, math.ceil(len(rows) / least)))
-            count = math.ceil(count / jobs) * jobs if count > jobs else count
-        return np.array_split(rows, count) if count else []
+    def _parts(self, rows: Rows, *, least: int = LEAST_ATTACKED) -> list[Rows]:
+        return parts(rows, most=self.track.batch_size, jobs=self.session.jobs, least=least)
 
     def _keys(self, rows: Rows) -> list[str]:
         return [self.examples.hashes[row] for row in rows]

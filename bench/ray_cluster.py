@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from robustboard.bench.environment import cores
-from robustboard.bench.examiner import LEAST_SHARE
+from robustboard.bench.parts import LEAST_ATTACKED
 from robustboard.bench.ray_host import software
 from robustboard.bench.remote import START_SECONDS, Worker, Workers
 from robustboard.errors import ClusterError, first_line
@@ -233,7 +233,7 @@ def _jobs(demand: Demand, nodes: list[dict[str, Any]], free: Mapping[str, float]
             f"The cluster has room for {room} worker{'' if room == 1 else 's'} with {each} each, and this run needs "
             f"{demand.jobs or 1}; give fewer --jobs or --threads, or add nodes."
         )
-    work = math.ceil(demand.examples / LEAST_SHARE)
+    work = math.ceil(demand.examples / LEAST_ATTACKED)
     return demand.jobs or max(1, min(room, _room(demand, free), work, _MOST_JOBS))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from robustboard.bench import environment
+from robustboard.bench.answers import StageCost
 from robustboard.bench.evaluate import Evaluation
-from robustboard.bench.examiner import StageCost
 from robustboard.bench.protocol import Track
 from robustboard.leaderboard.findings import KEY
 from robustboard.leaderboard.record import Audit, DefenseInfo, Record, attach, derive_metrics, make_record

@@ -25,13 +25,13 @@ from safetensors.numpy import save as to_safetensors
 from torch import nn
 
 from robustboard.bench import owed
+from robustboard.bench.answers import Floats
 from robustboard.bench.attack_seeds import SeedStudy, study_attack_seeds
 from robustboard.bench.cascade import Engine
 from robustboard.bench.crew import Crew, crew
 from robustboard.bench.datasets import Dataset, data_folders, from_arrays, load_dataset
 from robustboard.bench.environment import installed, source_sha256
 from robustboard.bench.evaluate import Evaluation, evaluate
-from robustboard.bench.examiner import Floats
 from robustboard.bench.journal import FILE as JOURNAL
 from robustboard.bench.journal import Journal, Journaled, alone
 from robustboard.bench.official import corrupted_images
