@@ -38,6 +38,15 @@ Peak memory is the process's largest resident set, the loaded data set, torch an
 | n | seconds | milliseconds an example | passes an example | peak memory |
 |---|---|---|---|---|
 """
+PROCESSES = """
+## With more processes
+
+The whole verdict by processes of one thread each, one run with one process before each with all, medians of 3 runs. The
+outcome tables are equal.
+
+| network | n | one process s | processes | their s | ratio |
+|---|---|---|---|---|---|
+"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -62,6 +71,7 @@ def _page(found: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     what = f"Python {python_version()}, torch {torch.__version__}, {versions} on {machine()}, {cores()} cores"
     growth = [one for one in found if "peak_mebibytes" in one]
+    processes = [one for one in found if "speedup" in one]
     found = [one for one in found if "ratio" in one]
     lines = []
     for one in found:
@@ -74,7 +84,13 @@ def _page(found: list[dict[str, Any]]) -> str:
     stages = [f"- {one['case']}: {', '.join(f'{name} {s}' for name, s in one['stages'].items())}" for one in found]
     page = HEAD.format(rounds=found[0]["rounds"], cores=found[0]["cores"], what=what) if found else "# Performance\n"
     page += "\n".join([*lines, FOOT.rstrip("\n"), "", *stages]) + "\n" if found else ""
+    page += PROCESSES + "\n".join(map(_processes, processes)) + "\n" if processes else ""
     return page + (GROWTH + "\n".join(map(_growth, growth)) + "\n" if growth else "")
+
+
+def _processes(one: dict[str, Any]) -> str:
+    names = ("case", "n", "one_process_seconds", "processes", "processes_seconds", "speedup")
+    return "| " + " | ".join(str(one[name]) for name in names) + " |"
 
 
 def _growth(one: dict[str, Any]) -> str:
