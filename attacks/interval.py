@@ -177,7 +177,7 @@ class _Search:
             left = self._note(todo, points.detach(), logits.detach())
             if len(left) < len(todo):
                 todo, points, gradient = todo[left], points[left], gradient[left]
-                project = self._threat.projector(self._images[todo])
+                project = project.of(left)
             require_finite(gradient, "input gradients")
             points = project(points.detach() + self._step_size * gradient.sign())
         if not len(todo):

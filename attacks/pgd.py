@@ -164,7 +164,7 @@ class _Search:
                 todo, points, gradient, labels = todo[left], points[left], gradient[left], labels[left]
                 if not len(todo):
                     return
-                project = self._threat.projector(self._images[todo])
+                project = project.of(left)
             require_finite(gradient, "input gradients")
             points = project(points + self._step_size * uphill(gradient, self._threat.norm))
         with torch.no_grad():

@@ -8,10 +8,9 @@ in exact arithmetic; everything that bounds the ball rounds outward, so that a c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -116,29 +115,18 @@ class ThreatModel:
         """
         return self.projector(images)(perturbed)
 
-    def projector(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+    def projector(self, images: Tensor) -> Projector:
         """`project` around fixed images, for loops: the set-up is done once."""
         exact = images.double()
         if self.norm == "linf":
             lower, upper = (exact - self.radius).float(), (exact + self.radius).float()
             lower = torch.where(lower.double() < exact - self.radius, _next(lower, math.inf), lower).clamp(min=0.0)
             upper = torch.where(upper.double() > exact + self.radius, _next(upper, -math.inf), upper).clamp(max=1.0)
-            return lambda perturbed: perturbed.clamp(lower, upper)
-
-        column = (-1, *[1] * (images.dim() - 1))
+            return _ToBox(lower, upper)
         # Rounding a pixel of [0, 1] to float32 moves it by at most 2^-25, and all of them by at most this. What was
         # outside is drawn in further than that, so that it counts as inside from then on.
         rounding = math.sqrt(images[:1].numel()) * 2.0**-25
-        keep, target = self.radius - rounding, max(self.radius - 3 * rounding, 0.0)
-
-        def shrink(perturbed: Tensor) -> Tensor:
-            inside = perturbed.clamp(0.0, 1.0)
-            delta = inside.double() - exact
-            norms = _norm(delta)
-            share = (target / norms.clamp(min=1e-300)).view(column)
-            return torch.where((norms <= keep).view(column), inside, (exact + delta * share).float())
-
-        return shrink
+        return _ToBall(exact, self.radius - rounding, max(self.radius - 3 * rounding, 0.0))
 
     def start(self, images: Tensor, noise: Tensor) -> Tensor:
         """A random start inside the ball.
@@ -180,6 +168,48 @@ class ThreatModel:
         low = torch.where(low.double() > lower, _next(low, -math.inf), low)
         high = torch.where(high.double() < upper, _next(high, math.inf), high)
         return low.clamp(min=0.0), high.clamp(max=1.0)
+
+
+class Projector(Protocol):
+    """`ThreatModel.project` around fixed images."""
+
+    def __call__(self, perturbed: Tensor) -> Tensor:
+        """Allowed images near `perturbed`, (N, C, H, W)."""
+
+    def of(self, rows: Tensor) -> Projector:
+        """The same around some of the images, by their positions or a mask."""
+
+
+@dataclass(frozen=True)
+class _ToBox:
+    lower: Tensor
+    upper: Tensor
+
+    def __call__(self, perturbed: Tensor) -> Tensor:
+        return perturbed.clamp(self.lower, self.upper)
+
+    def of(self, rows: Tensor) -> _ToBox:
+        return _ToBox(self.lower[rows], self.upper[rows])
+
+
+@dataclass(frozen=True)
+class _ToBall:
+    """Into the pixel box and then the L2 ball: norms up to `keep` stay, longer ones become `target`."""
+
+    exact: Tensor
+    keep: float
+    target: float
+
+    def __call__(self, perturbed: Tensor) -> Tensor:
+        column = (-1, *[1] * (self.exact.dim() - 1))
+        inside = perturbed.clamp(0.0, 1.0)
+        delta = inside.double() - self.exact
+        norms = _norm(delta)
+        share = (self.target / norms.clamp(min=1e-300)).view(column)
+        return torch.where((norms <= self.keep).view(column), inside, (self.exact + delta * share).float())
+
+    def of(self, rows: Tensor) -> _ToBall:
+        return _ToBall(self.exact[rows], self.keep, self.target)
 
 
 def _shown(eps: str | int | Fraction) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeVar
@@ -108,9 +108,10 @@ def _each(session: Session, requests: Iterable[Request], ask: Callable[[Request]
         yield from map(ask, requests)
         return
     waiting = iter(requests)
+    asking: deque[Future[T]] = deque()
     with ThreadPoolExecutor(session.jobs) as threads:
-        asking = deque(threads.submit(ask, request) for request in islice(waiting, _AHEAD * session.jobs))
         try:
+            asking.extend(threads.submit(ask, request) for request in islice(waiting, _AHEAD * session.jobs))
             while asking:
                 yield asking.popleft().result()
                 asking.extend(threads.submit(ask, request) for request in islice(waiting, 1))

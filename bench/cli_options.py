@@ -39,7 +39,8 @@ Ray = Annotated[
 Seed = Annotated[int, typer.Option(min=0, help="The training seed.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="K=V", help="A hyper-parameter; may be repeated.")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads for the model [default: all cores, or 1 for images up to 16x16].")
+    int | None,
+    typer.Option(min=1, help="Threads for the model [default: all cores; 1 for images up to 16x16, or with --ray]."),
 ]
 TrackId = Annotated[str, typer.Option("--track", help="An id from `robustboard tracks`, or the path of your own TOML.")]
 

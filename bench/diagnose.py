@@ -115,18 +115,28 @@ class _Run:
         questions = self._questions()
         with closing(self.examiner.measures(_STAGE, questions)) as found:
             self._answers = zip((name for name, _ in questions), found, strict=True)
-            for names, measurement in (
-                (("autograd-mode",), self._autograd_mode),
-                (("zero-gradients", "pixels-at-the-faces", "finite-differences", "saturated-softmax"), self._gradients),
-                (("loss-gap", "single-step"), self._losses),
-                (("black-box",), self._black_box),
-                (("transfer",), self._transfer),
-                (("unbounded",), self._unbounded),
-                (("more-work",), self._more_work),
-                (("binarization",), self._binarization),
-            ):
-                self._attempt(names, measurement)
-                self.examiner.progress.advance(len(names))
+            try:
+                for names, measurement in (
+                    (("autograd-mode",), self._autograd_mode),
+                    (
+                        ("zero-gradients", "pixels-at-the-faces", "finite-differences", "saturated-softmax"),
+                        self._gradients,
+                    ),
+                    (("loss-gap", "single-step"), self._losses),
+                    (("black-box",), self._black_box),
+                    (("transfer",), self._transfer),
+                    (("unbounded",), self._unbounded),
+                    (("more-work",), self._more_work),
+                    (("binarization",), self._binarization),
+                ):
+                    self._attempt(names, measurement)
+                    self.examiner.progress.advance(len(names))
+            except Exception:
+                raise
+            except BaseException:
+                # Whoever interrupts does not wait for the questions that are at work.
+                self.examiner.session.close()
+                raise
 
     def _questions(self) -> list[tuple[str, Rows]]:
         """What is measured, in the order in which it is needed; all can be asked side by side."""

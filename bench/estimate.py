@@ -28,7 +28,7 @@ from robustboard.bench.request import Prepared, Request, prepare
 from robustboard.bench.stopwatch import EnoughError, Laps
 from robustboard.bench.surrogates import RECIPES, surrogates_of
 from robustboard.defenses.adapter import NoProgress, Progress
-from robustboard.errors import DataError
+from robustboard.errors import DataError, RobustBoardError
 
 _TRAINING_SHARE, _TRAINING_SECONDS, _NEARLY_ALL = 50, 3.0, 0.75
 """A training is timed on a fiftieth of its images, and on as many more as that leaves time for, or on all."""
@@ -120,6 +120,8 @@ def estimate(
     Raises:
         RobustBoardError: one sentence, wherever a score would be refused before its first attack.
     """
+    if request.ray is not None:
+        raise RobustBoardError("An estimate times one machine, so it cannot tell of a cluster; leave out --ray.")
     run = _Run(request, progress or NoProgress())
     with tempfile.TemporaryDirectory(prefix="robustboard-") as scratch:
         return run.everything(Path(scratch), begun=begun, logged=logged)

@@ -27,7 +27,9 @@ _WEIGHTS: Final[Mapping[str, float]] = MappingProxyType(
 )
 _TARGETED: Final = ("apgd_t", "fab_t")
 # Beside the bounds and the attacks by name.
-_SHARED: Final = ("pgd", "complete verification", "audit", "attacked corruptions", "attack seeds")
+_SHARED: Final = ("clean", "pgd", "complete verification", "audit", "attacked corruptions", "attack seeds")
+# The longest question of the diagnostics takes more than a third of their time.
+_DIAGNOSED_BY: Final = 2
 # The same of AutoAttack's own code. On a perceptron, whose passes are mostly overhead, it is 2.1 for FAB and 0.5
 # for Square; on larger networks their many passes without gradients weigh less.
 _REFERENCE_WEIGHTS: Final[Mapping[str, float]] = MappingProxyType(
@@ -127,8 +129,12 @@ class Plan:
     jobs: int = 1
 
     def calls(self, examples: float) -> float:
-        """In how many batches examples go that are spread over all canonical batches."""
+        """In how many canonical batches examples lie that are spread over all of them."""
         return min(examples, math.ceil(self.n / self.batch_size))
+
+    def parts(self, examples: float) -> float:
+        """In how many questions examples go whose batch is all the same."""
+        return math.ceil(examples / self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -195,11 +201,11 @@ def forecast(plan: Plan, measured: Measured, shares: Shares) -> dict[str, float]
     first = survivors + _SHARE_OF_A_RUN * (correct - survivors)
     stages = {
         "clean": measured.predict.seconds(n, calls=plan.calls(n)),
-        "pgd": plan.steps * step.seconds(first, calls=plan.calls(correct)),
+        "pgd": plan.steps * step.seconds(first, calls=plan.parts(correct)),
     }
     entering = survivors
     for (method, pace), uncertified in zip(measured.bounds.items(), shares.uncertified, strict=True):
-        stages[f"bounds: {method}"] = pace.seconds(entering, calls=plan.calls(entering))
+        stages[f"bounds: {method}"] = pace.seconds(entering, calls=plan.parts(entering))
         entering = survivors * uncertified
     stages["pgd"] += _other_runs(plan, step, left)
     stages |= _reference(plan, step, survivors) if plan.reference else _attacks(plan, step, left, shares.targets)
@@ -209,10 +215,11 @@ def forecast(plan: Plan, measured: Measured, shares: Shares) -> dict[str, float]
     looked_at = min(EXAMPLES, correct)
     stages["diagnostics"] = _DIAGNOSTIC_STEPS * step.seconds(looked_at)
     stages["diagnostics"] += _MORE_WORK_STEPS * step.seconds(looked_at * left / correct if correct else 0)
+    stages["diagnostics"] /= min(plan.jobs, _DIAGNOSED_BY)
     stages["corruptions"] = measured.corrupt.seconds(n, calls=plan.calls(n))
     attacked = min(plan.attacked_examples, n) * shares.correct
     passes = plan.attacked_corruptions * plan.runs * plan.steps
-    stages["attacked corruptions"] = passes * step.seconds(attacked, calls=plan.calls(attacked))
+    stages["attacked corruptions"] = passes * step.seconds(attacked, calls=plan.parts(attacked))
     subset = min(SUBSET, n) / n
     again = plan.steps * step.seconds((survivors + first) / 2 * subset) + _other_runs(plan, step, left * subset)
     again += sum(_attacks(plan, step, left * subset, 1.0).values())
@@ -225,12 +232,12 @@ def forecast(plan: Plan, measured: Measured, shares: Shares) -> dict[str, float]
 
 def _other_runs(plan: Plan, step: Pace, left: float) -> float:
     """PGD's runs beside the first, on what that and the bounds left open."""
-    return (plan.runs - 1) * plan.steps * step.seconds(left, calls=plan.calls(left))
+    return (plan.runs - 1) * plan.steps * step.seconds(left, calls=plan.parts(left))
 
 
 def _attacks(plan: Plan, step: Pace, left: float, targets: float) -> dict[str, float]:
     """The board's own attacks; targeted ones spare the classes that bounds exclude."""
-    calls = math.ceil(left / plan.batch_size)
+    calls = plan.parts(left)
     tried = min(TARGETS, plan.classes - 1)
     found = {}
     for attack in ensembles.STAGES[plan.ensemble]:
@@ -261,6 +268,6 @@ def _audit(plan: Plan, measured: Measured, *, broken: float, certified: float) -
     bounds = sum(pace.seconds(sample) for pace in measured.bounds.values())
     verified = broken * measured.settle.call if plan.complete else 0.0
     attacked = 0.0 if plan.reference else min(certified, plan.audited)
-    calls = math.ceil(attacked / plan.batch_size)
+    calls = plan.parts(attacked)
     passes = ensembles.FORWARDS["apgd_ce"] + ensembles.FORWARDS["apgd_t"] / TARGETS
     return bounds + verified + passes * measured.step.seconds(attacked, calls=calls)

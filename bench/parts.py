@@ -29,10 +29,12 @@ def parts(rows: Rows, *, most: int, jobs: int, least: int = LEAST_ATTACKED) -> l
     [125, 125, 125, 125]
     >>> [len(part) for part in parts(np.arange(20), most=200, jobs=8)]
     [7, 7, 6]
+    >>> [len(part) for part in parts(np.arange(3), most=1, jobs=2)]
+    [1, 1, 1]
     """
     count = math.ceil(len(rows) / most)
     if jobs > 1:
         wanted = _SHARES * jobs if len(rows) >= _SHARES * jobs * _ENOUGH else jobs
         count = max(count, min(wanted, math.ceil(len(rows) / least)))
         count = math.ceil(count / jobs) * jobs if count > jobs else count
-    return np.array_split(rows, count) if count else []
+    return np.array_split(rows, min(count, len(rows))) if count else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 from typing import Any
 
@@ -70,15 +71,26 @@ class Pool:
 
     def _everybody(self, ask: Callable[[Session], Reply]) -> Reply:
         """What every member has to learn; it is asked while nothing else is."""
-        replies = []
-        for member in [self._idle.get() for _ in range(self._serving)]:
-            if member is not None:
-                try:
-                    replies.append(ask(member))
-                except NoRoomError:
-                    self._leave(member)
-                else:
-                    self._idle.put(member)
+
+        def attempt(member: Session) -> Reply | None:
+            try:
+                reply = ask(member)
+            except NoRoomError:
+                self._leave(member)
+                return None
+            self._idle.put(member)
+            return reply
+
+        members = [member for member in [self._idle.get() for _ in range(self._serving)] if member is not None]
+        with ThreadPoolExecutor(max(1, len(members))) as threads:
+            try:
+                replies = [reply for reply in threads.map(attempt, members) if reply is not None]
+            except Exception:
+                raise
+            except BaseException:
+                # Whoever interrupts does not wait for the answers.
+                self.close()
+                raise
         if not replies:
             raise NoRoomError(_NOBODY)
         return replies[0]

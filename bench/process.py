@@ -127,7 +127,8 @@ class WorkerProcess(Worker):
 
 def _environment(threads: int) -> dict[str, str]:
     """What the process finds in its environment; what opens a Ray cluster is none of a model's business."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    # Copied at once: another thread may change the environment meanwhile.
+    kept = {name: value for name, value in os.environ.copy().items() if not name.startswith("RAY_")}
     return {**ENVIRONMENT, **kept, "OMP_NUM_THREADS": str(threads)}
 
 

@@ -154,8 +154,18 @@ class Worker(ABC):
         raise WorkerError(f"The model's process gave no answer to {operation}.")
 
 
-# A gate is judged here, and a process that can say that it is lost is not.
-_NEVER = (errors.GateError, errors.LostWorkerError)
+# What is wrong with a model, its files, its training or its settings is found out over there, and nothing else is: a
+# model's own code could raise whatever it likes.
+_FOUND_THERE = (
+    errors.BoundsError,
+    errors.DataError,
+    errors.DefenseError,
+    errors.ModelError,
+    errors.OutputError,
+    errors.SubmissionError,
+    errors.TrackError,
+    errors.WorkerError,
+)
 
 _Told = Callable[[Progress, Callable[[int], None] | None], None]
 
@@ -210,8 +220,6 @@ def _tell_note(values: Mapping[str, float]) -> _Told:
 
 
 def _error(name: str, text: str) -> RobustBoardError:
-    """The worker's error as ours; only the known classes exist, and some are never the worker's to raise."""
-    known = getattr(errors, name, WorkerError)
-    is_ours = isinstance(known, type) and issubclass(known, RobustBoardError) and known not in _NEVER
-    sentence = " ".join(text[:2000].split())
-    return (known if is_ours else WorkerError)(sentence)
+    """The worker's error as ours."""
+    kind: type[RobustBoardError] = next((known for known in _FOUND_THERE if known.__name__ == name), WorkerError)
+    return kind(" ".join(text[:2000].split()))

@@ -93,17 +93,17 @@ class Outcome:
         cell: which.
         state: `finished` before this sweep, `scored` by it, or `failed`.
         record: where there is one.
-        owed: whether the record has to wait for an MLflow store that is away.
         reason: why it failed, or could not be logged: a sentence.
         exit_code: of that error.
+        owed: whether the record has to wait for an MLflow store that is away.
     """
 
     cell: Cell
     state: State
     record: Record | None = None
-    owed: bool = False
     reason: str = ""
     exit_code: int = 0
+    owed: bool = False
 
 
 def plan(sweep: SweepFile, path: Path, base: Request, *, side_by_side: int, progress: Progress) -> list[Cell]:

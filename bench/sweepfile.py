@@ -71,7 +71,7 @@ def read_sweep(path: Path) -> SweepFile:
     Raises:
         SweepError: one sentence that names the key and what is allowed.
     """
-    values = with_tuples(_parsed(path))
+    values = _parsed(path)
     try:
         return SweepFile.model_validate(values)
     except ValidationError as error:
@@ -82,7 +82,8 @@ def _parsed(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST_FILE:
             raise SweepError(f"{path} is larger than one megabyte, so it is not a sweep.toml.")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = with_tuples(tomllib.loads(path.read_text(encoding="utf-8")))
+        return values
     except FileNotFoundError as error:
         raise SweepError(f"There is no file {path}; give the path of a sweep.toml.") from error
     except OSError as error:

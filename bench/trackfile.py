@@ -37,6 +37,8 @@ def parse_track(content: Mapping[str, Any], *, standard: Mapping[str, Any], wher
         return Track.model_validate(with_tuples(values))
     except ValidationError as error:
         raise TrackError(sentence(error, where, Track)) from error
+    except RecursionError as error:
+        raise TrackError(f"{where} nests its tables too deeply to be a track.") from error
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

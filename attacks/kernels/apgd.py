@@ -224,7 +224,7 @@ def ascend_from(
             interval = 0
         if int((~held).sum()) > _WORTH_COMPACTING * len(held) or not bool(held.any()):
             state.keep(held)
-            move = _Move(threat, state)
+            move.keep(held)
 
 
 def _lengths(steps: int) -> Iterator[int]:
@@ -274,12 +274,16 @@ def _check(state: _State, length: int) -> None:
 
 
 class _Move:
-    """The next points of a state's examples, for as long as these stay the same."""
+    """The next points of a state's examples."""
 
     def __init__(self, threat: ThreatModel, state: _State) -> None:
         self._norm = threat.norm
         self._project = threat.projector(state.images)
         self._column = (-1, *[1] * (state.images.dim() - 1))
+
+    def keep(self, chosen: Tensor) -> None:
+        """Go on with the chosen examples alone."""
+        self._project = self._project.of(chosen)
 
     def __call__(self, state: _State, *, first: bool) -> Tensor:
         points = state.points

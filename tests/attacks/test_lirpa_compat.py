@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from robustboard.attacks import lirpa_compat
 from robustboard.errors import BoundsError
@@ -69,6 +70,37 @@ def test_inside_the_activations_gradient_passes_at_the_bounds_of_a_clamp() -> No
     (gradient,) = torch.autograd.grad(clamped.sum(), values)
     assert clamped.tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
     assert gradient.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "options"),
+    [
+        ((1, 1), (4, 4), {"stride": 2}),
+        ((1, 1), (4, 4), {"stride": (3, 3), "padding": (1, 1), "output_padding": (2, 2)}),
+        ((4, 3), (3, 4), {"stride": (2, 3)}),
+        ((7, 7), (4, 4), {"stride": [2, 2], "padding": [1, 1], "dilation": [1, 1], "output_padding": (1, 0)}),
+        ((5, 5), (3, 3), {"padding": 1}),
+        ((5, 5), (3, 3), {"stride": 2, "dilation": 2}),
+        ((5, 5), (3, 3), {"groups": 3}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("count", [0, 1, 150])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_inside_the_package_a_transposed_convolution_is_torchs_own(
+    size: tuple[int, int], kernel: tuple[int, int], options: dict[str, Any], count: int, dtype: torch.dtype
+) -> None:
+    lirpa_compat.load()
+    quick = importlib.import_module("auto_LiRPA.operators.convolution").F.conv_transpose2d
+    assert quick is not functional.conv_transpose2d
+    draws = torch.Generator().manual_seed(0)
+    values = torch.randn(count, 6, *size, generator=draws, dtype=dtype, requires_grad=True)
+    weight = torch.randn(6, 2, *kernel, generator=draws, dtype=dtype)
+    found, expected = (transpose(values, weight, **options) for transpose in (quick, functional.conv_transpose2d))
+    assert found.shape == expected.shape
+    assert torch.allclose(found, expected, atol=1e-5 if dtype == torch.float32 else 1e-12)
+    gradients = [torch.autograd.grad(one.square().sum(), values)[0] for one in (found, expected)]
+    assert torch.allclose(*gradients, atol=1e-3 if dtype == torch.float32 else 1e-10)
 
 
 def test_nothing_is_mended_where_nothing_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:

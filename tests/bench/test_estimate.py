@@ -114,3 +114,5 @@ def test_a_training_is_extrapolated_and_kept_nowhere(tmp_path, monkeypatch):
 def test_what_cannot_be_scored_is_not_estimated(tmp_path):
     with pytest.raises(RobustBoardError, match="pgd-at"):
         estimate(Request("pgd-att", "digits-linf@1", runs=tmp_path))
+    with pytest.raises(RobustBoardError, match="leave out --ray"):
+        estimate(Request("pgd-at", "digits-linf@1", runs=tmp_path, ray="auto"))

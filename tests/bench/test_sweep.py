@@ -161,6 +161,7 @@ def test_cells_side_by_side_share_out_the_cores(write, monkeypatch):
         ("\x00", "is not valid TOML"),
         (f"seeds = [{'9' * 5000}]", "is not valid TOML"),
         (f"seeds = {'[' * 3000}", "is not valid TOML"),
+        (f"{'.'.join('a' * 1500)} = 1", "is not valid TOML"),
         (f"seedz = [1]\n{TWO}", "the key seedz is not known; allowed are attack_engine, attack_seeds"),
         (TWO.replace("[0, 1]", "[0, -1]"), "seeds.1 must be greater than or equal to 0, not -1"),
         (TWO.replace("[0, 1]", "[0, 0]"), "seeds must be a list without repetition"),

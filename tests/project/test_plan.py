@@ -22,9 +22,14 @@ def test_a_page_without_its_marks_is_refused():
         plan.filled(PAGE.replace(plan.END.format("storage"), ""))
 
 
-def _row(page: str, head: str) -> list[str]:
-    (line,) = [line for line in (ROOT / "docs" / page).read_text().splitlines() if line.startswith(f"| {head} |")]
-    return [cell.strip() for cell in line.strip("|").split("|")]
+def _row(page: str, head: str, *, under: str) -> dict[str, str]:
+    """The cells of a line by the heads of its table."""
+    lines = (ROOT / "docs" / page).read_text().splitlines()
+    heads, cells = (
+        next([cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith(f"| {first} |"))
+        for first in (under, head)
+    )
+    return dict(zip(heads, cells, strict=True))
 
 
 def _sum(cell: str) -> float:
@@ -33,15 +38,16 @@ def _sum(cell: str) -> float:
 
 def test_measured_passes_are_those_of_the_cited_pages():
     certified, undefended = (
-        _row("performance.md", head) for head in ("CROWN-IBP, MNIST 1/10", "undefended, MNIST 3/10")
+        _row("performance.md", head, under="network") for head in ("CROWN-IBP, MNIST 1/10", "undefended, MNIST 3/10")
     )
     values = {name: given.value for name, given in plan.INPUTS.items()}
-    survive = float(certified[8].rstrip("%")) / 100 * int(certified[1])
-    assert values["AutoAttack, an example that survives"] == pytest.approx(_sum(certified[5]) / survive)
-    assert values["AutoAttack, an example that breaks at once"] == _sum(undefended[5]) / int(undefended[1])
-    assert values["cascade, an example that breaks at once"] == _sum(undefended[6]) / int(undefended[1])
-    standard = _row("fast.md", "pgd-at, digits | 1/20")
-    assert values["cascade, an example that survives uncertified"] == _sum(standard[7]) / _sum(standard[3])
+    survive = float(certified["AutoAttack"].rstrip("%")) / 100 * int(certified["n"])
+    assert values["AutoAttack, an example that survives"] == pytest.approx(_sum(certified["passes"]) / survive)
+    assert values["AutoAttack, an example that breaks at once"] == _sum(undefended["passes"]) / int(undefended["n"])
+    assert values["cascade, an example that breaks at once"] == _sum(undefended["our passes"]) / int(undefended["n"])
+    standard = _row("fast.md", "pgd-at, digits | 1/20", under="network")
+    survivors = _sum(standard["standard robust"])
+    assert values["cascade, an example that survives uncertified"] == _sum(standard["standard passes"]) / survivors
     spent = re.search(r"spent (\d+) forward and (\d+) backward passes", (ROOT / "docs" / "fast.md").read_text())
     assert values["fast mode, each survivor, the broken included"] == int(spent[1]) + int(spent[2])
 
