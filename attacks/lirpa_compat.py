@@ -230,7 +230,7 @@ class _FunctionalWithQuickTranspose(types.ModuleType):
         # A few at a time, whose products are still in the cache when they are added up.
         parts = [
             functional.fold(matrix.T @ part.flatten(2), (height, width), kernel, padding=pads, stride=strides)
-            for part in values.split(_TRANSPOSED)
+            for part in torch.split(values, _TRANSPOSED)
         ]
         return torch.cat(parts)
 
