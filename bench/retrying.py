@@ -24,6 +24,9 @@ RETRIES: Final = 2
 SILENT_RETRIES: Final = 1
 """The same where the process fell silent, since noticing that takes minutes."""
 
+LOST: Final = "A process of the model was lost"
+"""How the note of `Losses` begins."""
+
 # A record's note names so many ways in which processes were lost.
 _MOST_WAYS = 5
 
@@ -63,7 +66,7 @@ class Losses:
         ways = [f"{count} x {way}" if len(counts) > 1 else way for way, count in counts.most_common(_MOST_WAYS)]
         times = f"{counts.total()} time{'s' if counts.total() > 1 else ''}"
         return (
-            f"A process of the model was lost {times} ({'; '.join(ways)}{'; ...' if len(counts) > _MOST_WAYS else ''}) "
+            f"{LOST} {times} ({'; '.join(ways)}{'; ...' if len(counts) > _MOST_WAYS else ''}) "
             "and its work was asked again of a new one; no verdict depends on it.",
         )
 
@@ -140,10 +143,16 @@ class Retrying:
     def _ready(self) -> Worker:
         """The worker, or a new one that knows what the last one knew."""
         if self._worker is None:
-            self._worker = self._start(self._group)
-            for lesson in (self.fill, self._learnt):
-                if lesson is not None:
-                    lesson(self._worker)
+            worker = self._start(self._group)
+            try:
+                for lesson in (self.fill, self._learnt):
+                    if lesson is not None:
+                        lesson(worker)
+            except BaseException:
+                # One that knows only a part must not be asked anything.
+                worker.close()
+                raise
+            self._worker = worker
         return self._worker
 
     def _drop(self) -> None:

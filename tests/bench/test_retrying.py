@@ -71,6 +71,26 @@ def test_what_was_asked_is_asked_again_of_a_new_one():
     )
 
 
+@pytest.mark.parametrize("lesson", ["fill", "check"])
+def test_who_could_not_be_taught_is_not_asked(lesson):
+    """A lesson that fails in another way ends the new worker; the next question goes to one that knows everything."""
+    bench = Bench(0, gone(), *([ModelError("Odd.")] if lesson == "check" else []))
+    bench.session.call("check", {}, {})
+    faults = [ModelError("Odd.")] if lesson == "fill" else []
+
+    def fill(worker):
+        if faults:
+            raise faults.pop()
+        worker.asked.append("fill")
+
+    bench.session.fill = fill
+    with pytest.raises(ModelError):
+        bench.session.call("attack", {}, {})
+    bench.session.call("attack", {}, {})
+    assert [one.closed for one in bench.made] == [True, True, False]
+    assert bench.made[2].asked == ["fill", "check", "attack"]
+
+
 @pytest.mark.parametrize(("silent", "tries"), [(False, 1 + RETRIES), (True, 2)])
 def test_patience_ends_and_says_after_how_many(silent, tries):
     bench = Bench(*[gone(silent=silent) for _ in range(9)])
