@@ -35,6 +35,7 @@ from robustboard.attacks.keyed import derive_seed
 from robustboard.bench.datasets import data_folders
 from robustboard.bench.journal import FILE as JOURNAL
 from robustboard.bench.journal import LOCK
+from robustboard.bench.retrying import LOST, RETRIES
 from robustboard.errors import RobustBoardError
 from robustboard.leaderboard.record import Record, load
 
@@ -107,9 +108,9 @@ class Life:
 
     def check_end(self, code: int) -> None:
         """An end that nothing of what was done explains is a defect, and so is a traceback or a survivor."""
-        explained = {0}
+        # A lost worker is replaced, so its run ends well, but for one that is lost again and again.
+        explained = {0, 2} if self.kills["a worker killed"] > RETRIES else {0}
         for kind, codes in {
-            "a worker killed": {2},
             "parent killed": {-signal.SIGKILL},
             "all killed": {-signal.SIGKILL},
             "parent terminated": {128 + signal.SIGTERM},
@@ -217,8 +218,10 @@ def differences(one: Path, other: Path) -> list[str]:
             found.append(f"only one table has the column {column}")
         elif not first.outcomes[column].equals(second.outcomes[column]):
             found.append(f"the column {column} differs")
-    found += [f"{name} differ" for name in ("checkpoint_sha256", "metrics", "audit", "status", "bound_methods", "notes")
+    found += [f"{name} differ" for name in ("checkpoint_sha256", "metrics", "audit", "status", "bound_methods")
               if getattr(first, name) != getattr(second, name)]  # fmt: skip
+    if _notes(first) != _notes(second):
+        found.append("notes differ")
     found += [f"the passes of {stage} differ" for stage in _different_passes(first, second)]
     found += _different_images(one / "adversarial.npz", other / "adversarial.npz")
     left = (folder / name for folder in (one, other) for name in (LOCK, JOURNAL))
@@ -226,6 +229,11 @@ def differences(one: Path, other: Path) -> list[str]:
     names = [{path.relative_to(folder).as_posix() for path in folder.rglob("*")} for folder in (one, other)]
     found += [f"only one folder has {name}" for name in sorted(names[0] ^ names[1])]
     return found
+
+
+def _notes(record: Record) -> list[str]:
+    """Without the one that counts lost workers, which is there because they were killed."""
+    return [note for note in record.notes if not note.startswith(LOST)]
 
 
 def _different_passes(first: Record, second: Record) -> list[str]:

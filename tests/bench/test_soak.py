@@ -13,6 +13,8 @@ import soak
 from typer.testing import CliRunner
 
 from robustboard.bench.cli import app
+from robustboard.bench.retrying import Losses
+from robustboard.errors import LostWorkerError
 from robustboard.leaderboard.record import StageCost, load, save
 
 
@@ -30,6 +32,14 @@ def test_differences_are_seen_in_tables_passes_images_and_files(folders):
     one, two = folders
     assert soak.differences(one, two) == []
     record = load(two / "record")
+    losses = Losses()
+    losses.add(LostWorkerError("Gone.", how="ended by SIGKILL during attack", silent=False))
+    survived = record.model_copy(update={"notes": (*record.notes, *losses.notes())})
+    assert survived.notes != record.notes
+    save(survived, record.outcomes, two / "record")
+    assert soak.differences(one, two) == []
+    save(record.model_copy(update={"notes": (*record.notes, "Another.")}), record.outcomes, two / "record")
+    assert soak.differences(one, two) == ["notes differ"]
     table = record.outcomes.copy()
     row = table.index[table["certified"]][0]
     table.loc[row, "margin_lower"] += 0.5
@@ -69,10 +79,11 @@ def test_processes_are_found_by_their_token_whoever_their_parent_is(tmp_path):
     [
         ({}, 0, "", True),
         ({}, 2, "robustboard: The model's process was ended.", False),
-        ({"a worker killed": 1}, 2, "robustboard: The model's process was ended by SIGKILL.", True),
+        ({"a worker killed": 2}, 2, "robustboard: The model's process was ended by SIGKILL.", False),
+        ({"a worker killed": 3}, 2, "robustboard: The model's process was ended by SIGKILL, 3 times in a row.", True),
         ({"a worker killed": 1}, 0, "", True),
-        ({"a worker killed": 1}, 2, "Traceback (most recent call last)", False),
-        ({"a worker killed": 1}, 2, "robustboard: This is a bug of RobustBoard: KeyError", False),
+        ({"a worker killed": 3}, 2, "Traceback (most recent call last)", False),
+        ({"a worker killed": 3}, 2, "robustboard: This is a bug of RobustBoard: KeyError", False),
         ({"a worker killed": 1}, -9, "", False),
         ({"parent killed": 1}, -9, "", True),
         ({"parent terminated": 1}, 143, "", True),
