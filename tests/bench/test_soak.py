@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,10 @@ def test_processes_are_found_by_their_token_whoever_their_parent_is(tmp_path):
         patched.setattr(soak, "LINGER", 0.2)
         with pytest.raises(soak.SoakError, match=rf"the processes \[{orphan}\] were left over"):
             life.check_end(0)
+    # A killed process takes a moment to end.
+    deadline = time.monotonic() + 10
+    while soak.processes("a-token") and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert soak.processes("a-token") == []
 
 
