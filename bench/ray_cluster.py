@@ -29,8 +29,6 @@ LOCAL: Final = "auto"
 REPLACE_SECONDS: Final = 120.0
 """Where a node is lost there may be no room for its worker any more."""
 
-# The address of this process's connection, while there is one.
-_open: set[str] = set()
 _REACH_SECONDS = 5.0
 _MOST_JOBS = 64
 # A socket's path may have 107 characters, and Ray's own part of it has 75.
@@ -91,12 +89,25 @@ class Cluster:
         return RayWorker(needs, workers=group, room_seconds=REPLACE_SECONDS if replaces else START_SECONDS)
 
 
+@dataclass
+class _Connection:
+    """What ends this process's connection, and how many contexts share it."""
+
+    end: contextlib.ExitStack
+    users: int = 0
+
+
+# By address; there is one at most. The lock is held while it begins or ends.
+_open: dict[str, _Connection] = {}
+_changing = threading.Lock()
+
+
 @contextlib.contextmanager
 def connected(address: str, demand: Demand) -> Iterator[Cluster]:
     """Connect to a cluster, or start one on this machine; the connection, or that cluster, ends with the context.
 
-    A process has one connection. Contexts inside that one, also in other threads, share it if they name its address; it
-    has to outlast them.
+    A process has one connection. Contexts that name its address share it, also those of other threads, and it ends with
+    the last of them.
 
     Args:
         address: HOST:PORT of the cluster's head, on a machine of the cluster; or `LOCAL`.
@@ -107,10 +118,30 @@ def connected(address: str, demand: Demand) -> Iterator[Cluster]:
     """
     if demand.device.startswith("cuda:"):
         raise ClusterError(f"On a cluster Ray hands out the GPUs: give --device cuda, not {demand.device}.")
-    if address in _open:
-        ray = _imported()
+    with _shared(address, demand) as ray:
         yield Cluster(demand, _jobs(demand, ray.nodes(), ray.available_resources()))
-        return
+
+
+@contextlib.contextmanager
+def _shared(address: str, demand: Demand) -> Iterator[Any]:
+    """Ray, connected by the first context that comes and until the last one goes."""
+    with _changing:
+        if address not in _open:
+            _open[address] = _Connection(_begun(address, demand))
+        connection = _open[address]
+        connection.users += 1
+    try:
+        yield _imported()
+    finally:
+        with _changing:
+            connection.users -= 1
+            if not connection.users:
+                del _open[address]
+                connection.end.close()
+
+
+def _begun(address: str, demand: Demand) -> contextlib.ExitStack:
+    """Begin a connection; what ends it."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment(_SETTINGS))
         ray = _imported()
@@ -120,9 +151,7 @@ def connected(address: str, demand: Demand) -> Iterator[Cluster]:
             stack.enter_context(_started(ray, demand))
         else:
             stack.enter_context(_joined(ray, address))
-        _open.add(address)
-        stack.callback(_open.discard, address)
-        yield Cluster(demand, _jobs(demand, ray.nodes(), ray.available_resources()))
+        return stack.pop_all()
 
 
 def _imported() -> Any:
