@@ -41,6 +41,8 @@ _WRITTEN = (
     "seed-breaks.npz",
     "checkpoints/*.pt",
     "surrogates/*/*.pt",
+    "record.owed.json",
+    "challenged-*.owed.json",
 )
 
 _HEAD = struct.Struct("<4s32s")

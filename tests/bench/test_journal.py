@@ -133,10 +133,14 @@ def test_half_written_files_of_a_killed_process_go_and_nothing_else(tmp_path):
         "checkpoints/.pgd-at.pt.ex8cj5yl",
         ".model.safetensors.abcd_123",
         "surrogates/standard/.standard.pt.00000000",
+        ".record.owed.json.q1w2e3r4",
+        ".challenged-0123456789ab-0123456789ab.owed.json.q1w2e3r4",
     ]
     stay = [
         "checkpoints/pgd-at.pt",
         "model.safetensors",
+        "record.owed.json",
+        "challenged-0123456789ab-0123456789ab.owed.json",
         ".model.safetensors.Settings",
         ".bashrc.12345678",
         "x/.y.pt.abcdefgh",
