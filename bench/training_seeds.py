@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from robustboard.bench.datasets import data_folders, load_dataset
-from robustboard.bench.entrants import TrainedEntrant, find_entrant
-from robustboard.bench.protocol import load_track, resolve
-from robustboard.bench.request import Request
+from robustboard.bench.entrants import TrainedEntrant
+from robustboard.bench.finished import finished
+from robustboard.bench.request import Request, prepare
 from robustboard.bench.score import score_defense
 from robustboard.defenses.adapter import Progress
 from robustboard.errors import DefenseError
-from robustboard.leaderboard.record import RECORD_FILE, Record, load
+from robustboard.leaderboard.record import Record
 from robustboard.leaderboard.training_spread import TrainingSpread, training_spreads
 
 
@@ -41,16 +40,7 @@ def _requests(request: Request, seeds: Sequence[int]) -> list[Request]:
 
 def _finished(request: Request) -> Record | None:
     """The record of this very run, if its run directory has one."""
-    track = load_track(request.track)
-    track = track if request.n is None else track.limited(request.n)
-    dataset = load_dataset(track.dataset, data_dirs=data_folders(request.data_dirs), download=request.download)
-    track = resolve(track, dataset)
-    entrant = find_entrant(request.defense, request.overrides, track, dataset, seed=request.seed)
-    if not isinstance(entrant, TrainedEntrant):
+    made = prepare(request)
+    if not isinstance(made.entrant, TrainedEntrant):
         raise DefenseError("A submission is one trained network, so there are no training seeds to compare.")
-    folder = request.runs / track.id / entrant.info.name / entrant.key / "record"
-    if not (folder / RECORD_FILE).is_file():
-        return None
-    record = load(folder)
-    same = record.track.hash == track.hash and record.seeds.get("training") == request.seed
-    return record if same and record.hyper == dict(entrant.hyper) else None
+    return finished(request, made)

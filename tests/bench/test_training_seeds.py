@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from robustboard.bench import places, training_seeds
@@ -47,6 +49,9 @@ def test_seeds_are_scored_once_and_read_afterwards(tmp_path, monkeypatch):
     assert run_training_seeds(request, [0, 1]) == spread
     with pytest.raises(TypeError, match="not callable"):
         run_training_seeds(request, [0, 2])
+    # A record of another kind of device is not the one that is asked for.
+    with pytest.raises(TypeError, match="not callable"):
+        run_training_seeds(replace(request, device="cuda"), [0, 1])
 
 
 def test_without_a_sound_record_there_is_no_spread(monkeypatch):
