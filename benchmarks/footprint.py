@@ -97,8 +97,6 @@ def judged(folder: Path, n: int) -> dict[str, float]:
         "./track.toml",
         "--n",
         str(n),
-        "--run-dir",
-        str(run),
         "--threads",
         "1",
     ]
