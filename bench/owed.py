@@ -8,6 +8,7 @@ a URI may hold a password.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -102,19 +103,46 @@ def log(folder: Path, uri: str) -> bool:
         RecordError: if the record is damaged.
     """
     with alone(folder.parent):
-        try:
-            owed = _Owed.model_validate_json(_file(folder).read_bytes())
-        except FileNotFoundError:
-            return False
-        except (OSError, ValidationError) as error:
-            raise TrackingError(f"{_file(folder)} cannot be read; score again to make it anew.") from error
-        if not (folder / RECORD_FILE).exists():
-            raise TrackingError(f"The record {folder} is no longer there; delete {_file(folder)} if it is not missed.")
-        record = load(folder)
-        if _sha256(record) != owed.record_sha256:
-            raise TrackingError(f"The record {folder} was changed after it was written; score again to log it.")
-        tracking.log_record(record, folder, uri=uri, images=owed.images, training=owed.training)
-        forget(folder)
+        return _log(folder, uri)
+
+
+def ensure_logged(folder: Path, uri: str, *, images: tracking.Shaped) -> None:
+    """Log the record in `folder`, owed or not, unless the store has it; its run directory is held meanwhile.
+
+    A finished run may have been killed before it was noted as owed, or may have been asked not to log. It is not noted
+    here: the store tells whether it has the record. A run directory that cannot be written is read without holding it.
+
+    Args:
+        folder: where the record is.
+        uri: the store.
+        images: the judged images, (N, C, H, W).
+
+    Raises:
+        RobustBoardError: as for `log`.
+    """
+    if not os.access(folder.parent, os.W_OK):
+        tracking.log_record(load(folder), folder, uri=uri, images=images, training=())
+        return
+    with alone(folder.parent):
+        if not _log(folder, uri):
+            tracking.log_record(load(folder), folder, uri=uri, images=images, training=())
+
+
+def _log(folder: Path, uri: str) -> bool:
+    """Log what is owed, if it is, in a run directory that is held."""
+    try:
+        owed = _Owed.model_validate_json(_file(folder).read_bytes())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValidationError) as error:
+        raise TrackingError(f"{_file(folder)} cannot be read; score again to make it anew.") from error
+    if not (folder / RECORD_FILE).exists():
+        raise TrackingError(f"The record {folder} is no longer there; delete {_file(folder)} if it is not missed.")
+    record = load(folder)
+    if _sha256(record) != owed.record_sha256:
+        raise TrackingError(f"The record {folder} was changed after it was written; score again to log it.")
+    tracking.log_record(record, folder, uri=uri, images=owed.images, training=owed.training)
+    forget(folder)
     return True
 
 

@@ -128,7 +128,7 @@ def _judged(
         made.examples,
         engine=made.engine,
         complete=request.complete,
-        surrogates=_surrogates(made.track, made.dataset, folder=made.surrogates),
+        surrogates=_surrogates(made.track, made.dataset, folder=made.surrogates, progress=progress),
         progress=progress,
         pictures=made.pictures,
     )
@@ -221,7 +221,7 @@ def score(
         examples,
         engine=judged_by,
         complete=complete,
-        surrogates=_surrogates(loaded, dataset),
+        surrogates=_surrogates(loaded, dataset, progress=progress),
         progress=progress,
         pictures=corrupted_images(loaded, examples, data_folders(data_dirs)),
     )
@@ -242,15 +242,20 @@ def score(
     )
 
 
-def _surrogates(track: Track, dataset: Dataset, *, folder: Path | None = None) -> Surrogates:
-    """Trains the track's surrogates when it is called; none where there are no training images, or too few."""
+def _surrogates(
+    track: Track, dataset: Dataset, *, folder: Path | None = None, progress: Progress | None = None
+) -> Surrogates:
+    """Trains the track's surrogates when it is called; none where there are no training images, or too few.
+
+    The progress is told of steps that add nothing: it shows none of the training, and can end it.
+    """
 
     def trained() -> Sequence[Surrogate]:
         try:
             data = training_data(track, dataset)
         except DataError:
             return ()
-        return surrogates_of(data, track.threat, folder=folder)
+        return surrogates_of(data, track.threat, folder=folder, progress=_Unseen(progress or NoProgress()))
 
     return trained
 
@@ -281,6 +286,22 @@ def _pack(path: Path, images: Mapping[int, Floats], examples: Examples) -> None:
 
 def _slug(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:64] or "model"
+
+
+class _Unseen:
+    """Training that is no stage of its own: each of its steps only gives the caller's progress a moment to end it."""
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner = inner
+
+    def begin(self, stage: str, total: int) -> None:
+        self._inner.advance(0)
+
+    def advance(self, steps: int = 1) -> None:
+        self._inner.advance(0)
+
+    def note(self, **values: float) -> None:
+        self._inner.advance(0)
 
 
 class _Watched:

@@ -25,6 +25,7 @@ from robustboard.bench.environment import threads_for
 from robustboard.bench.finished import finished
 from robustboard.bench.journal import FILE as JOURNAL
 from robustboard.bench.journal import alone
+from robustboard.bench.parts import LEAST_ATTACKED
 from robustboard.bench.progress import Bars
 from robustboard.bench.remote import Workers
 from robustboard.bench.request import Prepared, Request, prepare
@@ -125,7 +126,8 @@ def plan(sweep: SweepFile, path: Path, base: Request, *, side_by_side: int, prog
     for request in requests:
         try:
             cell = _found(request, side_by_side)
-            require_writable(cell.folder, f"The run directory {cell.folder}")
+            if cell.record is None:
+                require_writable(cell.folder, f"The run directory {cell.folder}")
         except RobustBoardError as error:
             raise type(error)(f"{path}: {error}") from error
         if cell.folder in cells:
@@ -244,7 +246,7 @@ def run_sweep(cells: Sequence[Cell], *, side_by_side: int, uri: str | None, bars
         finally:
             bar.end()
 
-    with _ground(left, side_by_side) as ready, ThreadPoolExecutor(side_by_side) as pool:
+    with _ground(left, side_by_side) as (ready, at_a_time), ThreadPoolExecutor(at_a_time) as pool:
         try:
             futures = {pool.submit(one, cell): cell for cell in ready}
             for future in as_completed(list(futures)):
@@ -314,7 +316,8 @@ def _outcome(cell: Cell, future: Future[Scored]) -> Outcome:
         known = isinstance(error, RobustBoardError | OSError)
         if not isinstance(error, Exception) or (os.environ.get("ROBUSTBOARD_DEBUG") and not known):
             raise error
-        return Outcome(cell, "failed", None, *_reason(error))
+        reason, exit_code = _reason(error)
+        return Outcome(cell, "failed", reason=reason, exit_code=exit_code)
     return Outcome(cell, "scored", future.result().record)
 
 
@@ -335,24 +338,26 @@ class _Store:
             return outcome
         folder = cell.folder / "record"
         try:
-            # A finished run may have been killed before it was logged, or may have been asked not to log.
-            if not owed.is_owed(folder):
-                owed.owe(record, folder, images=cell.images, training=())
             if not self._away:
-                owed.log(folder, self._uri)
+                owed.ensure_logged(folder, self._uri, images=cell.images)
+                return outcome
         except StoreAwayError:
             self._away = True
         except RobustBoardError as error:
             reason = f"{error} The record itself is safe in {cell.folder}."
             return replace(outcome, reason=reason, exit_code=error.exit_code)
-        return replace(outcome, owed=self._away)
+        # The store may well have what was finished before and is not noted as owed.
+        return replace(outcome, owed=owed.is_owed(folder))
 
 
 @contextlib.contextmanager
-def _ground(cells: Sequence[Cell], side_by_side: int) -> Iterator[Sequence[Cell]]:
-    """The cells with what they need to run: on a Ray cluster one connection for all, and an equal share of its room."""
+def _ground(cells: Sequence[Cell], side_by_side: int) -> Iterator[tuple[Sequence[Cell], int]]:
+    """The cells with what they need to run, and how many of them there is room for at a time.
+
+    On a Ray cluster all of them share one connection, and its room in equal parts of at least one worker each.
+    """
     if not cells or cells[0].request.ray is None:
-        yield cells
+        yield cells, side_by_side
         return
     from robustboard.bench.ray_cluster import Demand, connected
 
@@ -362,12 +367,15 @@ def _ground(cells: Sequence[Cell], side_by_side: int) -> Iterator[Sequence[Cell]
         asked.device,
         max(cell.request.threads or 1 for cell in cells),
         asked.jobs * at_a_time if asked.jobs else None,
-        max(cell.images.shape[0] for cell in cells) * at_a_time,
+        # Each cell has work for a worker, however few its examples are.
+        max(LEAST_ATTACKED, *(cell.images.shape[0] for cell in cells)) * at_a_time,
         asked.load_seconds,
     )
     with connected(asked.ray, demand) as cluster:
-        jobs = max(1, cluster.jobs // at_a_time)
-        yield [replace(cell, request=replace(cell.request, jobs=jobs)) for cell in cells]
+        # Workers that there is no room for would be waited for until the wait is given up.
+        at_a_time = min(at_a_time, cluster.jobs)
+        jobs = cluster.jobs // at_a_time
+        yield [replace(cell, request=replace(cell.request, jobs=jobs)) for cell in cells], at_a_time
 
 
 def _reason(error: Exception) -> tuple[str, int]:

@@ -150,6 +150,47 @@ def test_processes_wait_for_each_other_in_a_local_store(owe, uri, tmp_path, monk
     assert len(tracking.read_records(uri)) == 4
 
 
+def test_a_record_that_is_not_noted_as_owed_is_logged_without_a_note(publish, uri, monkeypatch):
+    """A finished run that was asked not to log; its directory is held, and is the same afterwards."""
+    _, folder = publish()
+    before = sorted(folder.parent.rglob("*"))
+    held = []
+    log = tracking.log_record
+
+    def watched(*given, **more):
+        held.append((folder.parent / ".lock").exists())
+        assert not owed.is_owed(folder)
+        return log(*given, **more)
+
+    monkeypatch.setattr(tracking, "log_record", watched)
+    for _ in range(2):
+        owed.ensure_logged(folder, uri, images=IMAGES)
+    assert held == [True, True]
+    assert len(tracking.read_records(uri)) == 1
+    with pytest.raises(StoreAwayError):
+        owed.ensure_logged(folder, NOBODY, images=IMAGES)
+    assert sorted(folder.parent.rglob("*")) == before
+
+
+def test_what_is_owed_is_logged_as_noted(owe, uri, monkeypatch):
+    given = {}
+    monkeypatch.setattr(tracking, "log_record", lambda *_, **values: given.update(values))
+    folder = owe()
+    owed.ensure_logged(folder, uri, images=np.zeros((1, 1, 1, 1)))
+    assert given["images"].shape == IMAGES.shape
+    assert len(given["training"]) == len(TRAINING)
+    assert not owed.is_owed(folder)
+
+
+def test_a_directory_that_cannot_be_written_is_logged_all_the_same(publish, uri, monkeypatch):
+    """Such as the finished runs of a colleague; here by what the system is said to answer, which lets root do all."""
+    _, folder = publish()
+    monkeypatch.setattr(owed.os, "access", lambda place, mode: place != folder.parent)
+    monkeypatch.setattr(owed, "alone", None)
+    owed.ensure_logged(folder, uri, images=IMAGES)
+    assert len(tracking.read_records(uri)) == 1
+
+
 @pytest.fixture
 def proxy() -> Iterator[tuple[str, list[str | None]]]:
     """A server that lets nobody in, and the credentials that it was shown."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from robustboard.bench import finished as finishing
-from robustboard.bench import places, tracking
+from robustboard.bench import owed, places, ray_cluster, tracking
 from robustboard.bench import score as scoring
 from robustboard.bench import sweep as sweeps
 from robustboard.bench.cli import app
@@ -31,11 +32,12 @@ from robustboard.bench.mlflow_store import local_uri, open_store
 from robustboard.bench.patience import SECONDS
 from robustboard.bench.process import WorkerProcess
 from robustboard.bench.progress import Bars
+from robustboard.bench.ray_cluster import Cluster
 from robustboard.bench.request import Request, prepare
 from robustboard.bench.sweep import plan
 from robustboard.bench.sweepfile import read_sweep
 from robustboard.defenses.adapter import NoProgress
-from robustboard.errors import FindingError, GateError, RobustBoardError, SweepError, TrackingError
+from robustboard.errors import FindingError, GateError, OutputError, RobustBoardError, SweepError, TrackingError
 from robustboard.leaderboard.record import load
 
 TRACK = """
@@ -333,6 +335,27 @@ def test_an_interrupt_ends_work_that_is_done_in_this_process_too(write, monkeypa
     assert ended == [False, False]
 
 
+def test_surrogates_are_trained_until_the_caller_ends_it(write):
+    """Their training is not shown, and stops at the step at which the caller's progress raises."""
+
+    class Stopped(BaseException):
+        pass
+
+    class Ends(NoProgress):
+        told = 0
+
+        def advance(self, steps=1):
+            assert steps == 0
+            self.told += 1
+            if self.told == 3:
+                raise Stopped
+
+    made, ends = prepare(cells_of(write())[0].request), Ends()
+    with pytest.raises(Stopped):
+        scoring._surrogates(made.track, made.dataset, progress=ends)()
+    assert ends.told == 3
+
+
 def test_a_store_that_fails_loses_no_record(one_process, quick, run, write, tmp_path, monkeypatch):
     """The cell is finished all the same; the next sweep logs it, and the one after that has nothing to do."""
 
@@ -371,6 +394,55 @@ def test_no_cell_waits_for_a_store_that_is_away(one_process, quick, run, write, 
     logged = CliRunner().invoke(app, ["sync", str(tmp_path / "runs"), "--mlflow", local_uri(tmp_path / "runs")])
     assert logged.exit_code == 0, logged.output
     assert len(tracking.read_records(local_uri(tmp_path / "runs"))) == 2
+
+
+def test_only_what_was_noted_counts_as_owed(one_process, quick, run, write, tmp_path, monkeypatch):
+    """Of finished cells that the store may well have, nothing is claimed and nothing written."""
+    path, away = write(TWO), ("--mlflow", "http://127.0.0.1:9")
+    assert run(path, "--no-mlflow").exit_code == 0
+    monkeypatch.setenv(SECONDS, "0")
+    monkeypatch.setattr(sweeps, "score_defense", None)
+    done = run(path, *away)
+    assert done.exit_code == 0, done.output
+    assert "Still owed" not in done.output
+    assert not list(tmp_path.rglob("*owed*"))
+    cell = cells_of(path)[0]
+    owed.owe(cell.record, cell.folder / "record", images=cell.images, training=())
+    assert "Still owed to the store, which is away: one record" in " ".join(run(path, *away).output.split())
+
+
+def test_a_finished_cell_may_lie_where_nothing_can_be_written(one_process, quick, run, write, monkeypatch):
+    path = write(TWO.replace("[0, 1]", "[0]"))
+    assert run(path, "--no-mlflow").exit_code == 0
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert [cell.state for cell in cells_of(path)] == ["finished"]
+    with pytest.raises(OutputError, match="cannot be made"):
+        cells_of(path, complete=5)
+
+
+@pytest.mark.parametrize(
+    ("room", "side_by_side", "at_a_time", "each"), [(1, 3, 1, 1), (2, 3, 2, 1), (5, 2, 2, 2), (9, 1, 1, 9)]
+)
+def test_cells_on_a_cluster_wait_for_no_worker_of_another(write, monkeypatch, room, side_by_side, at_a_time, each):
+    """All workers of the cells that are worked on at a time fit into the cluster, which is simulated."""
+
+    @contextlib.contextmanager
+    def connected(address, demand):
+        assert (address, demand.jobs) == ("auto", None)
+        yield Cluster(demand, room)
+
+    monkeypatch.setattr(ray_cluster, "connected", connected)
+    cells = cells_of(write(TWO.replace("[0, 1]", "[0, 1, 2]")), ray="auto")
+    with sweeps._ground(cells, side_by_side) as (ready, found):
+        assert found == at_a_time
+        assert [cell.request.jobs for cell in ready] == [each] * 3
+        assert found * each <= room
+
+
+def test_cells_without_a_cluster_are_what_they_were(write):
+    cells = cells_of(write())
+    with sweeps._ground(cells, 7) as found:
+        assert found == (cells, 7)
 
 
 @pytest.fixture
