@@ -113,8 +113,9 @@ class Life:
         for kind, codes in {
             "parent killed": {-signal.SIGKILL},
             "all killed": {-signal.SIGKILL},
-            "parent terminated": {128 + signal.SIGTERM},
-            "parent interrupted": {128 + signal.SIGINT},
+            # Python gives its signal handlers back before the last of its end.
+            "parent terminated": {128 + signal.SIGTERM, -signal.SIGTERM},
+            "parent interrupted": {128 + signal.SIGINT, -signal.SIGINT},
         }.items():
             explained |= codes if self.kills[kind] else set()
         if code not in explained or "Traceback" in self.said() or "bug of RobustBoard" in self.said():

@@ -94,6 +94,8 @@ def test_processes_are_found_by_their_token_whoever_their_parent_is(tmp_path):
         ({"parent terminated": 1}, 143, "", True),
         ({"parent interrupted": 1}, 143, "", False),
         ({"parent interrupted": 1}, 130, "", True),
+        ({"parent interrupted": 1}, -2, "", True),
+        ({"parent interrupted": 1}, -2, "Traceback (most recent call last)", False),
     ],
 )
 def test_an_end_must_be_explained_by_what_was_done(tmp_path, kills, code, said, explained):
