@@ -356,7 +356,8 @@ def _ground(cells: Sequence[Cell], side_by_side: int) -> Iterator[tuple[Sequence
 
     On a Ray cluster all of them share one connection, and its room in equal parts of at least one worker each.
     """
-    if not cells or cells[0].request.ray is None:
+    address = cells[0].request.ray if cells else None
+    if address is None:
         yield cells, side_by_side
         return
     from robustboard.bench.ray_cluster import Demand, connected
@@ -371,7 +372,7 @@ def _ground(cells: Sequence[Cell], side_by_side: int) -> Iterator[tuple[Sequence
         max(LEAST_ATTACKED, *(cell.images.shape[0] for cell in cells)) * at_a_time,
         asked.load_seconds,
     )
-    with connected(asked.ray, demand) as cluster:
+    with connected(address, demand) as cluster:
         # Workers that there is no room for would be waited for until the wait is given up.
         at_a_time = min(at_a_time, cluster.jobs)
         jobs = cluster.jobs // at_a_time
