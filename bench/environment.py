@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -66,7 +67,9 @@ def process_age() -> float:
 
 def installed() -> dict[str, str]:
     """Python, the machine's architecture, and every installed package by name with its version."""
-    packages = {str(one.metadata["Name"]).lower(): one.version for one in importlib.metadata.distributions()}
+    # What setuptools carries inside is on the path only once something has imported it.
+    places = [place for place in sys.path if Path(place).name != "_vendor"]
+    packages = {str(one.metadata["Name"]).lower(): one.version for one in importlib.metadata.distributions(path=places)}
     return {**dict(sorted(packages.items())), "python": python_version(), "machine": machine()}
 
 
