@@ -510,7 +510,7 @@ def test_nothing_of_the_process_steers_it_or_is_left_behind(publish, uri, tmp_pa
         timeout=120,
         check=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr[-3000:]
     assert list(home.iterdir()) == []
     assert {run.info.experiment_id for run in _runs(uri)} == {
         _client(uri).get_experiment_by_name(mlflow_store.EXPERIMENT).experiment_id
