@@ -39,6 +39,8 @@ _FORCED: Mapping[str, str | None] = {
     # Metrics would be tied to a model of the process.
     "MLFLOW_ACTIVE_MODEL_ID": None,
     "_MLFLOW_ACTIVE_MODEL_ID": None,
+    # MLflow's import would take it away from whoever has it, as telemetry is off.
+    "_MLFLOW_TELEMETRY_SESSION_ID": None,
 }
 # MLflow's own defaults try an unreachable server for many minutes.
 _UNLESS_SET: Mapping[str, str | None] = {

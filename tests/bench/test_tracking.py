@@ -506,6 +506,7 @@ def test_nothing_of_the_process_steers_it_or_is_left_behind(publish, uri, tmp_pa
             "MLFLOW_RUN_ID": "0" * 32,
             "MLFLOW_EXPERIMENT_NAME": "other",
             "MLFLOW_ACTIVE_MODEL_ID": "m-1",
+            "_MLFLOW_TELEMETRY_SESSION_ID": "1" * 32,
         },
         timeout=120,
         check=False,
