@@ -6,9 +6,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from robustboard.bench.channel import Array
 from robustboard.bench.operations import Reply
@@ -109,17 +110,28 @@ def _each(session: Session, requests: Iterable[Request], ask: Callable[[Request]
         return
     waiting = iter(requests)
     asking: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(session.jobs) as threads:
+    with ThreadPoolExecutor(session.jobs) as threads, interrupts_end(session):
         try:
             asking.extend(threads.submit(ask, request) for request in islice(waiting, _AHEAD * session.jobs))
             while asking:
                 yield asking.popleft().result()
                 asking.extend(threads.submit(ask, request) for request in islice(waiting, 1))
-        except (Exception, GeneratorExit):
-            raise
-        except BaseException:
-            # Whoever interrupts does not wait for what is at work.
-            session.close()
-            raise
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
+
+
+class _Closable(Protocol):
+    def close(self) -> None:
+        """End what is at work."""
+
+
+@contextmanager
+def interrupts_end(session: _Closable) -> Iterator[None]:
+    """Whoever interrupts what is done within does not wait for what is at work: the session ends."""
+    try:
+        yield
+    except (Exception, GeneratorExit):
+        raise
+    except BaseException:
+        session.close()
+        raise

@@ -18,6 +18,7 @@ from rich.table import Column, Table
 
 from robustboard.bench import cli_claims, cli_records, cli_sweep, cli_sync
 from robustboard.bench.cli_options import (
+    DEFAULT_RUNS,
     AsJson,
     DataDir,
     Defense,
@@ -25,7 +26,9 @@ from robustboard.bench.cli_options import (
     Download,
     Jobs,
     LoadSeconds,
+    Mlflow,
     Ray,
+    Runs,
     Seed,
     Settings,
     Threads,
@@ -53,13 +56,6 @@ cli_records.register(app)
 cli_sync.register(app)
 cli_sweep.register(app)
 
-_DEFAULT_RUNS = Path("runs")
-
-Runs = Annotated[Path, typer.Option("--runs", help="Folder of run directories and of the MLflow store.")]
-Mlflow = Annotated[
-    str | None,
-    typer.Option("--mlflow", help="URI of the MLflow store [default: MLFLOW_TRACKING_URI, else RUNS/mlflow.db]."),
-]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write the site to.")]
 
 
@@ -167,7 +163,7 @@ def score(
     attack_seeds: Annotated[
         int, typer.Option(min=0, max=99, help="Other attack seeds to try on a subset, for the spread.")
     ] = 0,
-    runs: Runs = _DEFAULT_RUNS,
+    runs: Runs = DEFAULT_RUNS,
     run_dir: Annotated[
         Path | None, typer.Option(help="This run's folder [default: RUNS/track/defense/seed-S].")
     ] = None,
@@ -259,7 +255,7 @@ def leaderboard(
     found = (
         tracking.read_records(mlflow)
         if mlflow is not None
-        else load_all(records or _DEFAULT_RUNS, ignore={mlflow_store.ARTIFACTS})
+        else load_all(records or DEFAULT_RUNS, ignore={mlflow_store.ARTIFACTS})
     )
     typer.echo(build_site(found, out))
 

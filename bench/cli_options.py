@@ -28,6 +28,12 @@ Jobs = Annotated[
     ),
 ]
 LoadSeconds = Annotated[float, typer.Option(min=1, help="How long a submitted model may take to load.")]
+Mlflow = Annotated[
+    str | None,
+    typer.Option("--mlflow", help="URI of the MLflow store [default: MLFLOW_TRACKING_URI, else RUNS/mlflow.db]."),
+]
+Runs = Annotated[Path, typer.Option("--runs", help="Folder of run directories and of the MLflow store.")]
+DEFAULT_RUNS = Path("runs")
 Ray = Annotated[
     str | None,
     typer.Option(

@@ -12,7 +12,18 @@ from rich.console import Console
 from rich.table import Table
 
 from robustboard.bench import cli_sync
-from robustboard.bench.cli_options import AsJson, DataDir, Download, Jobs, LoadSeconds, Ray, print_json
+from robustboard.bench.cli_options import (
+    DEFAULT_RUNS,
+    AsJson,
+    DataDir,
+    Download,
+    Jobs,
+    LoadSeconds,
+    Mlflow,
+    Ray,
+    Runs,
+    print_json,
+)
 from robustboard.errors import FindingError, SweepError
 
 if TYPE_CHECKING:
@@ -34,13 +45,8 @@ def sweep(
     ] = None,
     jobs: Jobs = None,
     ray: Ray = None,
-    runs: Annotated[Path, typer.Option("--runs", help="Folder of run directories and of the MLflow store.")] = Path(
-        "runs"
-    ),
-    mlflow: Annotated[
-        str | None,
-        typer.Option("--mlflow", help="URI of the MLflow store [default: MLFLOW_TRACKING_URI, else RUNS/mlflow.db]."),
-    ] = None,
+    runs: Runs = DEFAULT_RUNS,
+    mlflow: Mlflow = None,
     no_mlflow: Annotated[bool, typer.Option("--no-mlflow", help="Write the run directories only.")] = False,
     data_dir: DataDir = None,
     download: Download = False,

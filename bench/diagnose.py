@@ -19,6 +19,7 @@ from robustboard.attacks import keyed
 from robustboard.attacks.attack_comparisons import RESCALED
 from robustboard.bench import measures
 from robustboard.bench.answers import Floats
+from robustboard.bench.asking import interrupts_end
 from robustboard.bench.diagnostics import BY_NAME, EXAMPLES, TABLE, Evidence, judge_all
 from robustboard.bench.examiner import Examiner
 from robustboard.bench.operations import Reply
@@ -113,30 +114,23 @@ class _Run:
             for name in ("batch-dependence", "autograd-mode"):
                 self.evidence[name] = BY_NAME[name].not_run(reason)
         questions = self._questions()
-        with closing(self.examiner.measures(_STAGE, questions)) as found:
+        with closing(self.examiner.measures(_STAGE, questions)) as found, interrupts_end(self.examiner.session):
             self._answers = zip((name for name, _ in questions), found, strict=True)
-            try:
-                for names, measurement in (
-                    (("autograd-mode",), self._autograd_mode),
-                    (
-                        ("zero-gradients", "pixels-at-the-faces", "finite-differences", "saturated-softmax"),
-                        self._gradients,
-                    ),
-                    (("loss-gap", "single-step"), self._losses),
-                    (("black-box",), self._black_box),
-                    (("transfer",), self._transfer),
-                    (("unbounded",), self._unbounded),
-                    (("more-work",), self._more_work),
-                    (("binarization",), self._binarization),
-                ):
-                    self._attempt(names, measurement)
-                    self.examiner.progress.advance(len(names))
-            except Exception:
-                raise
-            except BaseException:
-                # Whoever interrupts does not wait for the questions that are at work.
-                self.examiner.session.close()
-                raise
+            for names, measurement in (
+                (("autograd-mode",), self._autograd_mode),
+                (
+                    ("zero-gradients", "pixels-at-the-faces", "finite-differences", "saturated-softmax"),
+                    self._gradients,
+                ),
+                (("loss-gap", "single-step"), self._losses),
+                (("black-box",), self._black_box),
+                (("transfer",), self._transfer),
+                (("unbounded",), self._unbounded),
+                (("more-work",), self._more_work),
+                (("binarization",), self._binarization),
+            ):
+                self._attempt(names, measurement)
+                self.examiner.progress.advance(len(names))
 
     def _questions(self) -> list[tuple[str, Rows]]:
         """What is measured, in the order in which it is needed; all can be asked side by side."""

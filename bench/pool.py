@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 from typing import Any
 
+from robustboard.bench.asking import interrupts_end
 from robustboard.bench.channel import Array
 from robustboard.bench.operations import Reply
 from robustboard.bench.session import LEARNT, Session
@@ -82,15 +83,8 @@ class Pool:
             return reply
 
         members = [member for member in [self._idle.get() for _ in range(self._serving)] if member is not None]
-        with ThreadPoolExecutor(max(1, len(members))) as threads:
-            try:
-                replies = [reply for reply in threads.map(attempt, members) if reply is not None]
-            except Exception:
-                raise
-            except BaseException:
-                # Whoever interrupts does not wait for the answers.
-                self.close()
-                raise
+        with ThreadPoolExecutor(max(1, len(members))) as threads, interrupts_end(self):
+            replies = [reply for reply in threads.map(attempt, members) if reply is not None]
         if not replies:
             raise NoRoomError(_NOBODY)
         return replies[0]
